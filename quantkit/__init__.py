@@ -1,0 +1,16 @@
+"""quantkit: activation-aware weight quantization and export, one decoder block at a time.
+
+import quantkit
+result = quantkit.quantize("path/or/hub-id", recipe="awq-w4", output="out")
+"""
+
+from typing import Any
+
+__version__ = "0.1.0"
+
+
+def quantize(model: str | None = None, **options: Any) -> Any:
+    """See `quantkit.pipeline.quantize`; imported when called, so that `import quantkit` stays light."""
+    from quantkit import pipeline
+
+    return pipeline.quantize(model, **options)

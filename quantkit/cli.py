@@ -1,0 +1,182 @@
+"""The command line. Results go to stdout, progress to stderr; an error of ours becomes one line and an exit code.
+
+Exit codes: 0 done, 1 bad input (one line), 2 usage, 130 interrupted (the same command goes on).
+Commands import the pipeline when they run, so that --help needs no torch.
+"""
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from quantkit import __version__
+from quantkit.errors import QuantkitError
+
+if TYPE_CHECKING:
+    from quantkit.pipeline import Result
+    from quantkit.report import Event, Listener
+
+MODEL = click.argument("model", required=False)
+RECIPE = click.option("--recipe", default="awq-w4", show_default=True, help="A shipped recipe (see `quantkit recipes`) or a YAML file.")
+ADAPTER = click.option("--adapter", metavar="DIR", help="A PEFT LoRA adapter, merged tensor by tensor as the checkpoint is read.")
+JSON = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
+@click.version_option(__version__, prog_name="quantkit")
+def main() -> None:
+    """Quantize language models one decoder block at a time, with activation-aware scales, and export what engines serve."""
+
+
+@main.command()
+@MODEL
+@RECIPE
+@click.option("--output", metavar="DIR", help="The run's folder; a killed run goes on there. [default: MODEL-RECIPE]")
+@click.option("--calibration", metavar="MIX", help="A calibration mix, or a .jsonl file of samples, in place of the recipe's.")
+@ADAPTER
+@click.option("--threads", type=click.IntRange(1), help="Threads of the matrix library. One is best on cores that others use too.")
+@click.option("--fresh", is_flag=True, help="Delete what an earlier run left in the folder and start anew.")
+@click.option("--dry-run", is_flag=True, help="Print the plan and the exact bytes, read no weight. The same as `quantkit plan`.")
+@JSON
+def quantize(
+    model: str | None,
+    recipe: str,
+    output: str | None,
+    calibration: str | None,
+    adapter: str | None,
+    threads: int | None,
+    fresh: bool,
+    dry_run: bool,
+    as_json: bool,
+) -> None:
+    """Quantize MODEL, a folder or a Hub id (owner/name); left out: the embedded reference model."""
+    with _one_line_errors():
+        if dry_run:
+            _print_plan(model, recipe, adapter, as_json)
+            return
+        from quantkit import pipeline
+
+        _set_threads(threads)
+        with _progress() as tell:
+            result = pipeline.quantize(
+                model, recipe=recipe, output=output, calibration=calibration, adapter=adapter, fresh=fresh, tell=tell
+            )
+        click.echo(json.dumps({**result.report, "blocks": None}, ensure_ascii=False) if as_json else _describe(result))
+
+
+@main.command()
+@click.argument("model", required=False)
+@RECIPE
+@ADAPTER
+@JSON
+def plan(model: str | None, recipe: str, adapter: str | None, as_json: bool) -> None:
+    """Every tensor's fate and the exact bytes of the output, from headers alone.
+
+    MODEL is a folder, a Hub id, or a config.json alone (then nothing else of the model is needed).
+    """
+    with _one_line_errors():
+        _print_plan(model, recipe, adapter, as_json)
+
+
+@main.command()
+def recipes() -> None:
+    """The recipes that are shipped."""
+    from quantkit.recipe import load_recipe, shipped_recipes
+
+    with _one_line_errors():
+        for name in shipped_recipes():
+            click.echo(f"{name:16} {load_recipe(name).description}")
+
+
+@main.command()
+def families() -> None:
+    """The model families that are known, with the folds of each."""
+    from quantkit.families import FAMILIES
+
+    for family in FAMILIES:
+        click.echo(f"{family.name:10} model_type {', '.join(family.model_types)}")
+        for fold in family.folds:
+            click.echo(f"{'':10} {fold.producer} -> {', '.join(fold.consumers)}")
+
+
+def _print_plan(model: str | None, recipe: str, adapter: str | None, as_json: bool) -> None:
+    from quantkit import pipeline, report
+
+    made, sizes = pipeline.plan(model, recipe, adapter)
+    if as_json:
+        click.echo(json.dumps(report.plan_report(made, sizes), ensure_ascii=False))
+        return
+    for line in report.plan_lines(made, sizes):
+        click.echo(line)
+
+
+def _describe(result: "Result") -> str:
+    about, scores = result.report, result.scores
+    lines = []
+    for name, folder in result.artefacts.items():
+        size = result.bytes[name]
+        lines.append(f"{name}: {folder}  {size:,} bytes, {about['bits_per_weight']:.3f} bits per weight")
+    if scores.get("tokens"):
+        lines.append(
+            f"held-out, {scores['tokens']:,} tokens: KL to the original {scores['kl']:.5f}, perplexity {scores['perplexity']:.4f} "
+            f"(original {scores['perplexity_base']:.4f}), same top token {scores['same_top']:.2%}"
+        )
+    total = about["summary"]
+    lines.append(f"mean relative output error {total['mean_error']:.3e} (plain rounding {total['mean_error_rounded']:.3e})")
+    if total["fewest_expert_tokens"] is not None:
+        lines.append(f"experts: the least fed saw {total['fewest_expert_tokens']} tokens, {total['experts_without_tokens']} saw none")
+    minutes, seconds = divmod(round(sum(about["seconds"].values())), 60)
+    lines.append(f"{minutes} min {seconds:02d} s, peak memory {about['peak_memory'] / 2**30:.2f} GiB; report: {result.output / 'run.json'}")
+    folder = next(iter(result.artefacts.values()))
+    lines.append(f"serve: vllm serve {folder}")
+    return "\n".join(lines)
+
+
+@contextmanager
+def _progress() -> "Iterator[Listener]":
+    """A rich line on stderr while it is a terminal; nothing where it is not."""
+    from quantkit.report import silent
+
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns: list[Any] = [TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn()]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None, detail="")
+
+        def tell(event: "Event") -> None:
+            left = "" if event.seconds_left is None else f"{event.seconds_left / 60:.0f} min left, "
+            detail = f"block {event.block + 1 if event.block < event.blocks else event.blocks}/{event.blocks}, " if event.blocks else ""
+            detail += f"{left}{event.memory / 2**30:.2f} GiB"
+            bar.update(task, description=event.phase, completed=event.block, total=event.blocks or None, detail=detail)
+
+        yield tell
+
+
+@contextmanager
+def _one_line_errors() -> Iterator[None]:
+    try:
+        yield
+    except QuantkitError as error:
+        click.echo(f"quantkit: {' '.join(str(error).split())}", err=True)
+        sys.exit(error.exit_code)
+    except KeyboardInterrupt:
+        click.echo("quantkit: interrupted; the same command goes on behind the last solved block", err=True)
+        sys.exit(130)
+
+
+def _set_threads(threads: int | None) -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    import torch
+    import transformers
+
+    transformers.utils.logging.set_verbosity_error()
+    if threads:
+        torch.set_num_threads(threads)

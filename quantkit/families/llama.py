@@ -1,0 +1,25 @@
+"""Llama and Mistral; Qwen2 (with biases) and Qwen3 (with norms on queries and keys): one block, one table."""
+
+from quantkit.families.family import ATTENTION, ENDS, GATE_UP, MLP, QKV, UP_TO_DOWN, VALUES_TO_OUTPUT, Family, Fold
+
+FAMILY = Family(
+    name="llama",
+    model_types=("llama", "mistral", "qwen2", "qwen3"),
+    linears=(*ATTENTION, *MLP),
+    folds=(
+        Fold("input_layernorm", QKV),
+        VALUES_TO_OUTPUT,
+        Fold("post_attention_layernorm", GATE_UP),
+        UP_TO_DOWN,
+    ),
+    kept=(
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "self_attn.q_norm.weight",
+        "self_attn.k_norm.weight",
+        "self_attn.rotary_emb.inv_freq",  # old exports of Llama carry it; no model reads it
+        *(f"{name}.bias" for name in (*ATTENTION, *MLP)),
+    ),
+    outside=ENDS,
+    ignore=("lm_head",),
+)

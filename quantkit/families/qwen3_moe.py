@@ -1,0 +1,30 @@
+"""Qwen3 with experts (30B-A3B, 235B-A22B); layers of mlp_only_layers are dense."""
+
+from quantkit.families.family import ATTENTION, ENDS, GATE_UP, MLP, QKV, UP_TO_DOWN, VALUES_TO_OUTPUT, Family, Fold
+
+EXPERT_GATE_UP = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+
+FAMILY = Family(
+    name="qwen3_moe",
+    model_types=("qwen3_moe",),
+    linears=(*ATTENTION, *MLP, *EXPERT_GATE_UP, "mlp.experts.*.down_proj"),
+    fused={"mlp.experts.gate_up_proj": EXPERT_GATE_UP, "mlp.experts.down_proj": ("mlp.experts.*.down_proj",)},
+    folds=(
+        Fold("input_layernorm", QKV),
+        VALUES_TO_OUTPUT,
+        # The router (mlp.gate) reads the same norm: it must take the scale too, or routing changes.
+        Fold("post_attention_layernorm", ("mlp.gate", *EXPERT_GATE_UP, *GATE_UP)),
+        UP_TO_DOWN,
+        Fold("mlp.experts.*.up_proj", ("mlp.experts.*.down_proj",)),
+    ),
+    kept=(
+        "input_layernorm.weight",
+        "post_attention_layernorm.weight",
+        "self_attn.q_norm.weight",
+        "self_attn.k_norm.weight",
+        "mlp.gate.weight",
+        *(f"{name}.bias" for name in ATTENTION),
+    ),
+    outside=ENDS,
+    ignore=("lm_head", r"re:.*\.mlp\.gate$"),
+)

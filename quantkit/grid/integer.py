@@ -1,0 +1,125 @@
+"""The uniform integer grid: weight ~ (code - zero) * scale, codes of b bits, one scale (and zero point) for a group of a row.
+
+Codes are signed, -2^(b-1) .. 2^(b-1)-1, as compressed-tensors stores them; ONNX and GGUF add 2^(b-1). Scales are rounded to the dtype
+that is stored *before* codes are chosen, so that what is searched is what is served.
+"""
+
+import torch
+from jaxtyping import Float, Int8, Int32
+from torch import Tensor
+
+from quantkit.types import Codes, Scheme
+
+
+def limits(bits: int) -> tuple[int, int]:
+    """The lowest and the highest code."""
+    return -(1 << (bits - 1)), (1 << (bits - 1)) - 1
+
+
+def extremes_to_params(
+    low: Float[Tensor, "*batch"], high: Float[Tensor, "*batch"], scheme: Scheme, dtype: torch.dtype
+) -> tuple[Float[Tensor, "*batch"], Float[Tensor, "*batch"] | None]:
+    """Scale (in fp32, but rounded to `dtype`) and zero point that cover the range low..high; zero itself is always on the grid.
+
+    Symmetric: max |w| falls half a step beyond the highest code, (2^b - 1)/2, the convention of compressed-tensors.
+    """
+    bottom, top = limits(scheme.bits)
+    low, high = low.clamp(max=0), high.clamp(min=0)
+    if scheme.symmetric:
+        scale = storable(torch.maximum(-low, high) * (2 / (top - bottom)), dtype)
+        return scale, None
+    scale = storable((high - low) / (top - bottom), dtype)
+    return scale, (bottom - low / scale).round_().clamp_(bottom, top)
+
+
+def storable(scale: Float[Tensor, "*batch"], dtype: torch.dtype) -> Float[Tensor, "*batch"]:
+    """The scale as it will be stored, in fp32; a group of zeros gets the scale 1, never 0 or a subnormal."""
+    stored = scale.to(dtype).float()
+    return torch.where(stored.abs() < torch.finfo(dtype).tiny, torch.ones((), dtype=torch.float32), stored)
+
+
+def encode(
+    weight: Float[Tensor, "*batch width"], scale: Float[Tensor, "*batch"], zero: Float[Tensor, "*batch"] | None, bits: int
+) -> Float[Tensor, "*batch width"]:
+    """The nearest codes, as floats."""
+    codes = (weight / scale[..., None]).round_()
+    if zero is not None:
+        codes += zero[..., None]
+    return codes.clamp_(*limits(bits))
+
+
+def decode(
+    codes: Float[Tensor, "*batch width"], scale: Float[Tensor, "*batch"], zero: Float[Tensor, "*batch"] | None
+) -> Float[Tensor, "*batch width"]:
+    """What the codes stand for, in fp32."""
+    return (codes if zero is None else codes - zero[..., None]) * scale[..., None]
+
+
+def pack(codes: Int8[Tensor, "rows columns"], bits: int) -> Int32[Tensor, "rows words"]:
+    """Signed codes as a dense little-endian bit stream of 32-bit words a row, the first code in the lowest bits.
+
+    compressed-tensors' pack-quantized: 2^(bits-1) is added, a row is padded with zeros to whole words.
+    """
+    rows, columns = codes.shape
+    words = -(-columns * bits // 32)
+    if 32 % bits == 0:
+        per_word = 32 // bits
+        unsigned = torch.zeros(rows, words * per_word, dtype=torch.int32)
+        unsigned[:, :columns] = codes.to(torch.int32) + (1 << (bits - 1))
+        packed = torch.zeros(rows, words, dtype=torch.int32)
+        for k in range(per_word):
+            packed |= unsigned[:, k::per_word] << (bits * k)
+        return packed
+    stream = torch.zeros(rows, words * 32, dtype=torch.uint8)
+    unsigned = codes.to(torch.int32) + (1 << (bits - 1))
+    for k in range(bits):
+        stream[:, k : columns * bits : bits] = ((unsigned >> k) & 1).to(torch.uint8)
+    packed = torch.zeros(rows, words, dtype=torch.int32)
+    for k in range(32):
+        packed |= stream[:, k::32].to(torch.int32) << k
+    return packed
+
+
+def unpack(packed: Int32[Tensor, "rows words"], bits: int, columns: int) -> Int8[Tensor, "rows columns"]:
+    """The inverse of `pack`."""
+    rows, words = packed.shape
+    half, mask = 1 << (bits - 1), (1 << bits) - 1
+    if 32 % bits == 0:
+        per_word = 32 // bits
+        codes = torch.empty(rows, words, per_word, dtype=torch.int8)
+        for k in range(per_word):
+            codes[:, :, k] = (((packed >> (bits * k)) & mask) - half).to(torch.int8)
+        return codes.view(rows, -1)[:, :columns].contiguous()
+    stream = torch.empty(rows, words, 32, dtype=torch.int32)
+    for k in range(32):
+        stream[:, :, k] = (packed >> k) & 1
+    bit = stream.view(rows, -1)[:, : columns * bits].view(rows, columns, bits)
+    return ((bit << torch.arange(bits)).sum(-1) - half).to(torch.int8)
+
+
+def to_codes(
+    weight: Float[Tensor, "out in"],
+    scale: Float[Tensor, "out groups"],
+    zero: Float[Tensor, "out groups"] | None,
+    scheme: Scheme,
+    dtype: torch.dtype,
+) -> Codes:
+    """Round a weight on a grid that is already chosen. `scale` must be representable in `dtype` (see `storable`)."""
+    out, columns = weight.shape
+    grouped = weight.view(out, -1, scheme.width(columns))
+    codes = encode(grouped, scale, zero, scheme.bits).to(torch.int8).view(out, columns)
+    return Codes(
+        packed=pack(codes, scheme.bits),
+        scale=scale.to(dtype),
+        zero=None if zero is None else zero.to(torch.int8),
+        scheme=scheme,
+        columns=columns,
+    )
+
+
+def from_codes(codes: Codes) -> Float[Tensor, "out in"]:
+    """The weight that codes stand for, in fp32."""
+    integers = unpack(codes.packed, codes.scheme.bits, codes.columns).float()
+    grouped = integers.view(len(integers), -1, codes.scheme.width(codes.columns))
+    zero = None if codes.zero is None else codes.zero.float()
+    return decode(grouped, codes.scale.float(), zero).view(integers.shape)

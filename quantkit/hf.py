@@ -1,0 +1,120 @@
+"""One import that makes transformers read our checkpoints: `import quantkit.hf`.
+
+Plain transformers (5.17 to 5.23) opens a quantized Gemma 4 experts checkpoint with random experts and only a warning, because its
+conversion table has no entry for the per-expert or fused packed names. Importing this file adds the missing entry, and never replaces
+one that a later transformers brings itself. `load_model` opens a folder and refuses whatever from_pretrained would only warn of.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from torch import Tensor
+from transformers import conversion_mapping
+from transformers.core_model_loading import ConversionOps, WeightConverter
+
+from quantkit.errors import CheckpointError
+
+PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
+FUSED_PARTS = ("packed", "scale", "zero_point")
+
+
+def _compressor(model: Any) -> tuple[Any, Any]:
+    """The scheme of a checkpoint's experts and the compressor that decodes it."""
+    from transformers.integrations.compressed_tensors import get_experts_scheme
+
+    config = model.config.quantization_config
+    config = getattr(config, "quantization_config", config)
+    if isinstance(config, dict):
+        config = QuantizationConfig.model_validate(config)
+    scheme = get_experts_scheme(config)
+    return BaseCompressor.get_value_from_registry(scheme.format or config.format), scheme
+
+
+class _Decode(ConversionOps):
+    """Packed experts -> the fused (experts, out, in) parameter of transformers, in the model's dtype."""
+
+    def convert(self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
+        model, full_layer_name = kwargs["model"], kwargs["full_layer_name"]
+        compressor, scheme = _compressor(model)
+        dtype = model.get_parameter_or_buffer(full_layer_name).dtype
+        matrices: list[Tensor] = []
+        for projection in ("gate_up_proj", "gate_proj", "up_proj", "down_proj"):
+            parts = {_part(name): value for name, value in input_dict.items() if f".{projection}" in name}
+            if parts:
+                matrices.append(_decode_experts(parts, compressor, scheme, dtype))
+        return {full_layer_name: torch.cat(matrices, dim=1) if len(matrices) > 1 else matrices[0]}
+
+
+def _part(name: str) -> str:
+    return next(part for part in (*FUSED_PARTS, "shape") if name.endswith(part))
+
+
+def _decode_experts(parts: dict[str, Any], compressor: Any, scheme: Any, dtype: torch.dtype) -> Tensor:
+    packed = _stack(parts["packed"])
+    decoded = []
+    for expert in range(len(packed)):
+        scale = _stack(parts["scale"])[expert]
+        columns = (
+            scale.shape[1] * scheme.weights.group_size if scheme.weights.group_size else packed.shape[2] * 32 // scheme.weights.num_bits
+        )
+        state = {"weight_packed": packed[expert], "weight_scale": scale, "weight_shape": torch.tensor([packed.shape[1], columns])}
+        if "zero_point" in parts:
+            state["weight_zero_point"] = _stack(parts["zero_point"])[expert]
+        decoded.append(compressor.decompress(state, scheme)["weight"].to(dtype))
+    return torch.stack(decoded)
+
+
+def _stack(value: Any) -> Tensor:
+    """A list of one expert's matrices each, or one tensor that is fused already."""
+    if isinstance(value, list):
+        return value[0] if len(value) == 1 and value[0].ndim == 3 else torch.stack(list(value))
+    return value
+
+
+def register() -> bool:
+    """Teach transformers the experts of our Gemma 4 checkpoints. False where it knows them already."""
+    if conversion_mapping.get_checkpoint_conversion_mapping("gemma4") is not None:
+        return False
+    per_expert = [
+        WeightConverter([f"experts.*.{p}.{part}" for p in ("gate_proj", "up_proj") for part in PARTS], "experts.gate_up_proj", [_Decode()]),
+        WeightConverter([f"experts.*.down_proj.{part}" for part in PARTS], "experts.down_proj", [_Decode()]),
+    ]
+    fused = [
+        WeightConverter([f"experts.{name}_{part}" for part in FUSED_PARTS], f"experts.{name}", [_Decode()])
+        for name in ("gate_up_proj", "down_proj")
+    ]
+    conversion_mapping.register_checkpoint_conversion_mapping("gemma4", [*per_expert, *fused])
+    return True
+
+
+def load_model(folder: str | Path, **options: Any) -> Any:
+    """A checkpoint folder as the class that its config names, every weight where it belongs.
+
+    Args:
+        folder: a compressed-tensors artefact of ours, or any local model folder.
+        options: for from_pretrained.
+
+    Raises:
+        CheckpointError: a key is missing, unexpected or of another shape: the model that transformers built is not the one on disk.
+    """
+    config = transformers.AutoConfig.from_pretrained(folder)
+    cls: Any = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
+    try:
+        model, info = cls.from_pretrained(folder, output_loading_info=True, **options)
+    except ImportError:  # towers that need packages which are not installed: the text model reads the same files
+        text = config.get_text_config()
+        cls = transformers.AutoModelForCausalLM._model_mapping[type(text)]
+        model, info = cls.from_pretrained(folder, output_loading_info=True, **options)
+        info["unexpected_keys"] = {k for k in info.get("unexpected_keys", ()) if "layers." in k and "tower" not in k}
+    wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
+    if wrong:
+        kind, keys = next(iter(wrong.items()))
+        raise CheckpointError(f"{folder}: {len(keys)} {kind.replace('_', ' ')} when opened ({keys[0]}); the weights would be wrong")
+    return model.eval()
+
+
+register()

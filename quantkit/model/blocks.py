@@ -1,0 +1,316 @@
+"""Run a transformers 5 causal LM one decoder block at a time, straight from its safetensors shards. No family is named here.
+
+    skeleton = Skeleton(checkpoint)                 # the model on the meta device; embeddings, norm and head as mapped pages
+    stream = Stream(skeleton, batches)
+    state = stream.start()                          # hidden states before block 0; state.fork() for a second stream
+    for i in range(len(skeleton.blocks)):
+        with skeleton.block(i) as block:            # filled from the shards, emptied on exit
+            stream.advance(block, state)
+    logits = stream.logits(state, batch, part)      # the model's own tail on the streamed hidden states
+
+How: the real model runs its own forward with `block.forward` replaced on the instance, so that every family's arguments (positions,
+masks, per-layer inputs, shared keys and values) come from transformers itself; so do the names, from its conversion rules.
+"""
+
+import copy
+from collections import UserDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Float
+from torch import Tensor, nn
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key, revert_weight_conversion
+from transformers.initialization import meta_device_safe_creation_ops
+
+from quantkit.errors import CheckpointError, FamilyError
+from quantkit.model import experts
+from quantkit.model.checkpoint import TensorSource
+from quantkit.types import Batch, Entry, Json
+
+
+class _Captured(Exception):
+    """Leaves the model's forward once the wanted block's arguments are known."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Recipe:
+    """How one tensor of the model is made from the checkpoint: one tensor as it is, or several by a conversion rule."""
+
+    rule: WeightConverter | None
+    parts: list[tuple[str, str]]  # (pattern of the rule, name in the checkpoint)
+
+
+def hollow_model(config: Json, folder: Path | None, dtype: torch.dtype) -> Any:
+    """The class that config.json names, on the meta device: shapes, no weights.
+
+    A class whose towers need packages that are not installed (Gemma 3n's needs timm) is built as its text model.
+
+    Raises:
+        FamilyError: transformers knows no such class, or the folder wants to run code of its own.
+    """
+    if config.get("auto_map") and not config.get("model_type"):
+        raise FamilyError(f"{folder}: the model brings its own code (auto_map), which quantkit does not run")
+    name = (config.get("architectures") or [None])[0]
+    cls: Any = getattr(transformers, str(name), None)
+    if cls is None:
+        raise FamilyError(f"config.json: transformers {transformers.__version__} has no class {name!r}; is `architectures` right?")
+    try:
+        parsed = _parse_config(config)
+    except Exception as problem:  # transformers raises anything on a config that contradicts itself
+        raise CheckpointError(f"{folder or 'config'}: transformers cannot read this config.json ({_line(problem)})") from None
+    options: dict[str, Any] = {"dtype": dtype, "experts_implementation": experts.IMPLEMENTATION}
+    with torch.device("meta"), meta_device_safe_creation_ops():
+        try:
+            model = cls._from_config(parsed, **options)
+        except ImportError:
+            text = parsed.get_text_config()
+            text_cls: Any = transformers.AutoModelForCausalLM._model_mapping[type(text)]
+            model = text_cls._from_config(text, **options)
+        except Exception as problem:
+            raise CheckpointError(f"{folder or 'config'}: {name} cannot be built from this config.json ({_line(problem)})") from None
+    return model.eval().requires_grad_(False)
+
+
+def _parse_config(config: Json) -> Any:
+    fields = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _line(problem: BaseException) -> str:
+    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+
+
+def published_entries(config: Json, dtype: torch.dtype = torch.bfloat16) -> dict[str, Entry]:
+    """Names and shapes that a checkpoint of this config has when transformers saves it: enough to plan without a single weight."""
+    model = hollow_model(config, None, dtype)
+    tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
+    state = {name: t for name, t in model.state_dict().items() if name not in tied}
+    return {name: Entry(t.dtype, tuple(t.shape)) for name, t in revert_weight_conversion(model, state).items()}
+
+
+class Skeleton:
+    """The model without its blocks' weights. `block(i)` fills one from the checkpoint and empties it again.
+
+    Raises:
+        CheckpointError: a block's tensor has no source in the checkpoint or another shape than the model's.
+        FamilyError: experts that cannot be streamed.
+    """
+
+    def __init__(self, checkpoint: TensorSource, dtype: torch.dtype):
+        self.checkpoint = checkpoint
+        self.model = hollow_model(checkpoint.config, checkpoint.folder, dtype)
+        decoder = self.model.get_decoder()
+        self.blocks: list[nn.Module] = list(decoder.layers)
+        self._prefix = next(name for name, module in self.model.named_modules() if module is decoder.layers) + "."
+        for block in self.blocks:
+            experts.check_experts(block)
+        self._sources = self._find_sources()
+        self._fill_buffers()
+        head = self.model.get_output_embeddings()
+        text = tuple(name + "." for name, m in self.model.named_modules() if m is decoder or (head is not None and m is head))
+        outside = [t for t in self._sources if t.startswith(text) and not t.startswith(self._prefix)]
+        self._fill(outside)  # vision and audio towers stay on meta: text never touches them
+        # the head holds embed_tokens' old meta parameter until it is tied again; the argument keeps an untied head untied
+        self.model.tie_weights(missing_keys=set(self._missing))
+        left = [n for n, t in self.model.state_dict().items() if t.is_meta and n.startswith(text) and not n.startswith(self._prefix)]
+        if left:
+            raise CheckpointError(f"{checkpoint.folder}: {left[0]} is neither in the checkpoint nor tied to another tensor")
+
+    @contextmanager
+    def block(self, index: int) -> Iterator[nn.Module]:
+        """One decoder block with its weights: mapped pages where the file's dtype is the model's. Edits stay in memory."""
+        prefix = f"{self._prefix}{index}."
+        empty = {n: torch.empty_like(t, device="meta") for n, t in self.model.state_dict().items() if n.startswith(prefix)}
+        try:
+            self._fill([target for target in self._sources if target.startswith(prefix)])
+            yield self.blocks[index]
+        finally:
+            for name, tensor in empty.items():
+                self._put(name, tensor)
+
+    def _find_sources(self) -> dict[str, _Recipe]:
+        """Which checkpoint tensors make each tensor of the model: the loop of from_pretrained, on names alone."""
+        rules, have = get_model_conversion_mapping(self.model), self.model.state_dict()
+        renames = [r for r in rules if isinstance(r, WeightRenaming)]
+        converters = [r for r in rules if isinstance(r, WeightConverter)]
+        by_pattern = {p: c for c in converters for p in c.source_patterns}
+        plan: dict[str, _Recipe] = {}
+        for name in sorted(self.checkpoint.entries, key=dot_natural_key):  # expert 2 before expert 10
+            target, pattern = rename_source_key(name, renames, converters, self.model.base_model_prefix, have)
+            if target not in have and name in have:
+                target, pattern = name, None
+            if target in have:
+                rule = by_pattern.get(pattern) if pattern else None
+                plan.setdefault(target, _Recipe(rule, [])).parts.append((pattern or name, name))
+        made = {
+            target.replace(recipe.rule.target_patterns[0], pattern) if recipe.rule else target
+            for target, recipe in plan.items()
+            for pattern in (recipe.rule.target_patterns if recipe.rule else [""])
+        }
+        self._missing = sorted(set(have) - made)
+        absent = [name for name in self._missing if name.startswith(self._prefix)]
+        if absent:
+            raise CheckpointError(
+                f"{self.checkpoint.folder}: the model needs {absent[0]}"
+                + (f" and {len(absent) - 1} more" if len(absent) > 1 else "")
+                + ", which no tensor of the checkpoint makes; is a shard missing, or config.json of another model?"
+            )
+        return plan
+
+    def _fill(self, targets: Sequence[str]) -> None:
+        for target in targets:
+            recipe = self._sources[target]
+            if recipe.rule is None:
+                self._put(target, self.checkpoint.view(recipe.parts[0][1]))
+                continue
+            names = {p: [n for q, n in recipe.parts if q == p] for p in recipe.rule.source_patterns}
+            old: Tensor = self.model.get_parameter(target)
+            operations = [(type(op).__name__, getattr(op, "dim", None)) for op in recipe.rule.operations]
+            if operations in ([("MergeModulelist", 0)], [("MergeModulelist", 0), ("Concatenate", 1)]):
+                fused = torch.empty(old.shape, dtype=old.dtype)
+                if any(len(n) != len(fused) for n in names.values()):
+                    raise CheckpointError(f"{self.checkpoint.folder}: {target} needs {len(fused)} experts, the checkpoint has others")
+                experts.fuse(fused, [[lambda n=n: self.checkpoint.view(n) for n in group] for group in names.values()])  # type: ignore[misc]
+                self._put(target, fused)
+                continue
+            rule: Any = copy.deepcopy(recipe.rule)  # any other rule: transformers' own operations
+            for pattern, name in recipe.parts:
+                rule.add_tensor(target, name, pattern, lambda name=name: self.checkpoint.view(name))
+            for name, made in rule.convert(target, model=self.model, config=self.model.config).items():
+                self._put(name, made[0] if isinstance(made, list) else made)
+
+    def _put(self, name: str, tensor: Tensor) -> None:
+        owner_name, _, leaf = name.rpartition(".")
+        owner = self.model.get_submodule(owner_name)
+        old = getattr(owner, leaf)
+        if tensor.shape != old.shape:
+            shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(old.shape)} by config.json"
+            raise CheckpointError(f"{self.checkpoint.folder}: {name} is {shapes}")
+        value = tensor.to(old.dtype)
+        setattr(owner, leaf, value if leaf in owner._buffers else nn.Parameter(value, requires_grad=False))
+
+    def _fill_buffers(self) -> None:
+        """inv_freq, embed_scale ... are in no checkpoint: the model's own initialisation makes them, all else flagged as loaded."""
+        for tensor in self.model.state_dict(keep_vars=True).values():
+            tensor._is_hf_initialized = True
+        for name, buffer in list(self.model.named_non_persistent_buffers()):
+            owner, _, leaf = name.rpartition(".")
+            self.model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+        self.model.initialize_weights()
+
+
+@dataclass(slots=True)
+class State:
+    """Where a stream stands, per batch: the hidden states and what blocks hand to later blocks (shared keys and values)."""
+
+    hidden: list[Tensor]
+    shared: list[dict[str, Any]]
+
+    def fork(self) -> "State":
+        """An independent stream from here: the tensors are shared until one of the two moves on."""
+        return State(list(self.hidden), [{k: copy.copy(v) for k, v in s.items()} for s in self.shared])
+
+
+class Stream:
+    """Batches on their way through a skeleton's blocks."""
+
+    def __init__(self, skeleton: Skeleton, batches: Sequence[Batch]):
+        self.skeleton, self.batches = skeleton, list(batches)
+        self._cache: dict[tuple[int, int], Any] = {}
+
+    @torch.no_grad()
+    def start(self) -> State:
+        """The hidden states in front of block 0."""
+        return State([self._arguments(b, 0)[0] for b in range(len(self.batches))], [{} for _ in self.batches])
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, state: State, batch: int) -> Tensor:
+        """The open block's output for one batch; the hidden states do not move. Running twice is safe."""
+        index = self.skeleton.blocks.index(block)
+        _, args, kwargs = self._arguments(batch, index)
+        # dict arguments (shared keys and values) are written by some blocks and read by later ones: one dict for each batch and state
+        shared = state.shared[batch]
+        kwargs = {k: shared.setdefault(k, copy.copy(v)) if isinstance(v, (dict, UserDict)) else v for k, v in kwargs.items()}
+        out = block(state.hidden[batch], *args, **kwargs)
+        if not torch.is_tensor(out) or out.shape != state.hidden[batch].shape:
+            raise FamilyError(f"{type(block).__name__} does not return hidden states of the shape it was given: it cannot be streamed")
+        return out
+
+    def advance(self, block: nn.Module, state: State) -> None:
+        """Every batch through the open block."""
+        for batch in range(len(self.batches)):
+            state.hidden[batch] = self.run(block, state, batch)
+
+    def close(self) -> None:
+        """Forget the arguments of the block that was open."""
+        self._cache.clear()
+
+    @torch.no_grad()
+    def logits(self, state: State, batch: int, part: slice) -> Float[Tensor, "rows tokens vocabulary"]:
+        """The model's own tail (norm, head, softcap) on some positions of the streamed hidden states; cut, for vocabularies are large."""
+        last = len(self.skeleton.blocks) - 1
+        dim = state.hidden[batch].ndim - 2  # (rows, tokens, hidden), or (streams, rows, tokens, hidden) with AltUp
+        hidden = state.hidden[batch].narrow(dim, *_bounds(part, state.hidden[batch].shape[dim]))
+
+        def make(k: int) -> Callable[..., Tensor]:
+            return lambda *args, **kwargs: hidden if k == last else _hidden_of(args, kwargs)
+
+        with self._stand_ins(make):
+            return self.skeleton.model(input_ids=self.batches[batch].ids[:, part], use_cache=False).logits
+
+    def _arguments(self, batch: int, index: int) -> Any:
+        """(hidden states, args, kwargs) that block `index` gets: the model's own forward, blocks before it passing through."""
+        if (batch, index) in self._cache:
+            return self._cache[batch, index]
+        call: dict[str, Any] = {}
+
+        def make(k: int) -> Callable[..., Tensor]:
+            def forward(*args: Any, **kwargs: Any) -> Tensor:
+                hidden = _hidden_of(args, kwargs)
+                if k < index:
+                    return hidden
+                kwargs.pop("hidden_states", None)
+                call["got"] = hidden if index == 0 else None, [_own(v) for v in args[1:]], {n: _own(v) for n, v in kwargs.items()}
+                raise _Captured
+
+            return forward
+
+        with self._stand_ins(make), suppress(_Captured):
+            self.skeleton.model(input_ids=self.batches[batch].ids, use_cache=False)
+        if any(key[1] != index for key in self._cache):
+            self._cache.clear()  # only the open block's arguments are worth their memory
+        self._cache[batch, index] = call["got"]
+        return call["got"]
+
+    @contextmanager
+    def _stand_ins(self, make: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
+        blocks = self.skeleton.blocks
+        for k, block in enumerate(blocks):
+            block.forward = make(k)  # type: ignore[method-assign]  # on the instance: everything else of the block stays visible
+        try:
+            yield
+        finally:
+            for block in blocks:
+                del block.forward
+
+
+def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    return args[0] if args else kwargs["hidden_states"]
+
+
+def _own(value: Any) -> Any:
+    # per_layer_inputs[:, :, i] is a view that would keep every layer's inputs alive
+    if torch.is_tensor(value) and value.untyped_storage().nbytes() > 2 * value.nbytes:
+        return value.clone()
+    return value
+
+
+def _bounds(part: slice, length: int) -> tuple[int, int]:
+    start, stop, _ = part.indices(length)
+    return start, stop - start

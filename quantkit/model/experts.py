@@ -1,0 +1,92 @@
+"""Fused experts as linears. The only file that knows how transformers 5 lays experts out: (experts, 2 x width, hidden), gate over up.
+
+One forward serves every experts class of transformers (they all go through its experts interface), computes what the default
+grouped_mm computes, and shows each expert's inputs to whoever watches.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
+
+from quantkit.errors import FamilyError
+
+IMPLEMENTATION = "quantkit"
+Watcher = Callable[[str, int, Tensor, Tensor], None]  # (linear's leaf name, expert, token indices, inputs)
+_EXPERT = re.compile(r"(.*experts)\.(\d+)\.(gate|up|down)_proj")
+
+
+def experts_forward(
+    experts: nn.Module,
+    hidden: Float[Tensor, "tokens hidden"],
+    index: Int[Tensor, "tokens slots"],
+    weights: Float[Tensor, "tokens slots"],
+) -> Float[Tensor, "tokens hidden"]:
+    """Each expert on the tokens routed to it; rounds where grouped_mm rounds: output x routing weight in the model's dtype, sum in fp32."""
+    watcher: Watcher | None = getattr(experts, "watcher", None)
+    total = torch.zeros_like(hidden, dtype=torch.float32)
+    for expert in index.unique().tolist():
+        token, slot = torch.where(index == expert)
+        x = hidden[token]
+        if watcher:
+            watcher("gate_proj", expert, token, x)
+        x = experts._apply_gate(nn.functional.linear(x, experts.gate_up_proj[expert]))  # type: ignore[operator, index]
+        if watcher:
+            watcher("down_proj", expert, token, x)
+        x = nn.functional.linear(x, experts.down_proj[expert])  # type: ignore[index]
+        total.index_add_(0, token, (x * weights[token, slot, None]).float())
+    return total.to(hidden.dtype)
+
+
+ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
+
+
+def is_experts(module: nn.Module) -> bool:
+    """A fused-experts module that goes through transformers' experts interface."""
+    return hasattr(module, "_apply_gate")
+
+
+def check_experts(block: nn.Module) -> None:
+    """Refuse experts whose layout `experts_forward` does not compute, before anything is read.
+
+    Raises:
+        FamilyError: 3-D weights outside the interface, or experts with biases, transposed, ungated or with a norm behind them.
+    """
+    for name, module in block.named_modules():
+        fused = any(p.ndim == 3 for p in module.parameters(recurse=False))
+        if fused and not is_experts(module):
+            raise FamilyError(f"{name} ({type(module).__name__}): fused experts outside transformers' experts interface cannot be streamed")
+        if is_experts(module) and not (
+            module.has_gate and not module.has_bias and not module.is_transposed and not module.has_post_expert_norm
+        ):
+            raise FamilyError(f"{name} ({type(module).__name__}): experts of this layout (bias, transposed or ungated) are not supported")
+
+
+def weight_of(block: nn.Module, local: str) -> Float[Tensor, "out in"] | None:
+    """The weight of a linear by its local name, a view into the block (an expert's is a slice); None where the block has no such module."""
+    if match := _EXPERT.fullmatch(local):
+        experts = block.get_submodule(match[1])
+        expert, part = int(match[2]), match[3]
+        if part == "down":
+            return experts.down_proj.data[expert]  # type: ignore[union-attr, index, return-value]
+        gate_up: Tensor = experts.gate_up_proj.data[expert]  # type: ignore[union-attr, index, assignment]
+        width = len(gate_up) // 2
+        return gate_up[:width] if part == "gate" else gate_up[width:]
+    try:
+        module = block.get_submodule(local)
+    except AttributeError:
+        return None
+    return module.weight.data if isinstance(module, nn.Linear) else None
+
+
+def fuse(target: Tensor, parts: Sequence[Sequence[Callable[[], Tensor]]]) -> None:
+    """Per-expert matrices straight into their slices of one fused tensor: parts[j][expert] fills the j-th share of that expert's rows.
+
+    Stacking and concatenating a whole layer's experts, as a loader does, peaks at 2.4 blocks.
+    """
+    for share, experts in enumerate(parts):
+        for expert, read in enumerate(experts):
+            target[expert].chunk(len(parts))[share].copy_(read())

@@ -1,0 +1,355 @@
+"""The story, from a bf16 checkpoint to artefacts. The only file that knows the order.
+
+folder     <- model (local, or the Hub's)          a LoRA adapter is merged as tensors are read
+plan       <- recipe, config, tensor shapes        refuses an unknown family or tensor; predicts bytes
+batches    <- calibration mix, tokenizer
+for block:    fill, observe, solve, store, empty   one decoder block in memory
+artefacts  <- store, checkpoint                    shards as the blocks they need are solved
+scores     <- held-out samples                     they ran beside, through original and quantized blocks
+"""
+
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit import recipe as recipes
+from quantkit import report
+from quantkit.calibrate.observe import observe
+from quantkit.calibrate.samples import choose, load_tokenizer, make_batches, read_samples
+from quantkit.errors import CalibrationError, CheckpointError, StoreError
+from quantkit.evaluate.divergence import Scores, compare
+from quantkit.grid.integer import from_codes
+from quantkit.model.adapter import Adapted
+from quantkit.model.blocks import Skeleton, State, Stream, published_entries
+from quantkit.model.checkpoint import WEIGHTS, Checkpoint, TensorSource, file_digest, read_json
+from quantkit.model.experts import weight_of
+from quantkit.model.hub import find_folder
+from quantkit.plan import make_plan
+from quantkit.publish.card import write_card
+from quantkit.publish.manifest import write_manifest
+from quantkit.recipe import Recipe
+from quantkit.report import Clock, Listener, silent
+from quantkit.solve.block import solve_block
+from quantkit.store import Store
+from quantkit.types import Batch, BlockPlan, InputStats, Json, Plan, SolvedBlock
+from quantkit.write.compressed_tensors import FORMAT, CompressedTensors
+
+LOGIT_POSITIONS = 64  # positions whose logits are in memory at a time: a vocabulary of 262,144 takes 1 MiB each
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """What a run leaves: where, how large, how near to the original."""
+
+    output: Path
+    artefacts: Mapping[str, Path]
+    bytes: Mapping[str, int]
+    report: Json
+
+    @property
+    def scores(self) -> Json:
+        return dict(self.report["heldout"])
+
+
+def load_recipe(name: str, calibration: str | None = None) -> Recipe:
+    """A recipe, with another calibration mix where one is asked for."""
+    recipe = recipes.load_recipe(name)
+    if calibration is None:
+        return recipe
+    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"mix": calibration})})
+
+
+def open_checkpoint(model: str | None, adapter: str | None = None) -> TensorSource:
+    """A model's headers: the embedded reference model, a folder or a Hub id, with an adapter merged on the way."""
+    folder = recipes.reference_model() if model is None else find_folder(model)
+    checkpoint: TensorSource = Checkpoint(folder)
+    return Adapted(checkpoint, Path(adapter)) if adapter else checkpoint
+
+
+def plan(model: str | None, recipe: str = "awq-w4", adapter: str | None = None) -> tuple[Plan, Json]:
+    """Every tensor's fate and the exact bytes of each format, before a weight is read. `model` may be a config.json alone."""
+    chosen = load_recipe(recipe)
+    if model is not None and Path(model).is_file():
+        config = read_json(Path(model))
+        made = make_plan(chosen, config, published_entries(config))
+    else:
+        checkpoint = open_checkpoint(model, adapter)
+        made = make_plan(chosen, checkpoint.config, checkpoint.entries)
+    return made, {name: CompressedTensors(made, chosen.experts_layout).bytes for name in chosen.formats}
+
+
+def quantize(
+    model: str | None = None,
+    *,
+    recipe: str = "awq-w4",
+    output: str | Path | None = None,
+    calibration: str | None = None,
+    adapter: str | None = None,
+    fresh: bool = False,
+    tell: Listener = silent,
+) -> Result:
+    """Quantize a checkpoint and write it in the recipe's formats.
+
+    Args:
+        model: a folder or a Hub id; None is the embedded reference model.
+        recipe: a shipped recipe's name or a YAML file.
+        output: the run's folder; a run that was killed goes on there. Default: MODEL-RECIPE in the working directory.
+        calibration: another mix or a .jsonl file in place of the recipe's.
+        adapter: a PEFT LoRA adapter's folder, merged as the checkpoint is read.
+        fresh: delete what an earlier run left in `output` and start anew.
+        tell: is told of each phase.
+
+    Raises:
+        QuantkitError: one line that says what is wrong, where, and what to do; nothing half-written looks whole.
+    """
+    chosen = load_recipe(recipe, calibration)
+    checkpoint = open_checkpoint(model, adapter)
+    dtype = _dtype(checkpoint)
+    name = "reference" if model is None else Path(model.partition("@")[0]).name
+    out = Path(output) if output is not None else Path(f"{name}-{chosen.name}")
+    clock = Clock(tell)
+    with clock.phase("reading headers"):
+        hashes = _input_hashes(checkpoint, chosen, adapter)
+        plan = make_plan(chosen, checkpoint.config, checkpoint.entries, inputs=repr([sorted(hashes.items()), report.versions()]))
+        CompressedTensors(plan, chosen.experts_layout)  # what the format cannot express is refused before anything runs
+        clock.blocks = len(plan.blocks)
+    with clock.phase("tokenizing"):
+        tokenizer = load_tokenizer(checkpoint.folder)
+        settings = chosen.calibration
+        batches: list[Batch] = []
+        if chosen.method != "rtn":  # plain rounding needs no data
+            samples = choose(read_samples(recipes.load_mix(settings.mix)), settings.samples, settings.seed)
+            batches = make_batches(samples, tokenizer, settings.sequence_length, settings.batch_tokens)
+        heldout = _heldout(chosen, tokenizer)
+        _check_vocabulary([*batches, *heldout], checkpoint)
+    if fresh:
+        _clear(out)
+    store = Store(out / "solved", plan, {"model": name, "recipe": chosen.name, "calibration": settings.mix, "adapter": adapter})
+    folder = out / FORMAT
+    writer = CompressedTensors(plan, chosen.experts_layout, checkpoint, store, folder)
+
+    with clock.phase("building the skeleton"):
+        skeleton = Skeleton(checkpoint, dtype)
+        stream, beside = Stream(skeleton, batches), Stream(skeleton, heldout)
+        state, original = stream.start(), beside.start()
+        _check_finite(state, "the embeddings")
+        quantized = original.fork()
+    reports = []
+    for block_plan in plan.blocks:
+        with clock.block(), skeleton.block(block_plan.index) as block:
+            reports.append(_block(chosen, plan, block_plan, block, checkpoint, store, stream, state, beside, original, quantized, clock))
+            with clock.phase("writing", block_plan.index):
+                writer.write_ready()
+    with clock.phase("scoring held-out samples", len(plan.blocks)):
+        scores = _score(beside, original, quantized)
+    with clock.phase("writing", len(plan.blocks)):
+        writer.write_ready()
+        writer.finish()
+    about = {
+        "model": name,
+        "base_model": model if model is not None and not Path(model).exists() else None,
+        "recipe": chosen.model_dump(mode="json"),
+        "family": plan.family,
+        "model_type": plan.model_type,
+        "parameters": report.parameters(plan),
+        "bytes": {FORMAT: writer.bytes},
+        "bits_per_weight": round(writer.bytes * 8 / report.parameters(plan), 4),
+        "calibration": _calibration_report(batches),
+        "heldout": scores,
+        "summary": report.summary(reports),
+        "adapter": getattr(checkpoint, "adapter", None),
+        "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
+        "peak_memory": report.peak_memory(),
+        "threads": torch.get_num_threads(),
+        "versions": report.versions(),
+        "inputs": hashes,
+        "blocks": reports,
+    }
+    write_card(folder, about)
+    write_manifest(folder, about)
+    report.write_json(out / "run.json", about)
+    return Result(out, {FORMAT: folder}, {FORMAT: writer.bytes}, about)
+
+
+def _block(
+    recipe: Recipe,
+    plan: Plan,
+    block_plan: BlockPlan,
+    block: nn.Module,
+    checkpoint: TensorSource,
+    store: Store,
+    stream: Stream,
+    state: State,
+    beside: Stream,
+    original: State,
+    quantized: State,
+    clock: Clock,
+) -> Json:
+    """One block: its original on the held-out stream, statistics, solution, and every stream behind it."""
+    index = block_plan.index
+    propagate_original = recipe.search.propagate == "original"
+    with clock.phase("running held-out samples", index):
+        beside.advance(block, original)
+    if index in store:
+        solved = store.get(block_plan)
+        if propagate_original:
+            stream.advance(block, state)
+    else:
+        stats: dict[str, InputStats] = {}
+        if recipe.method != "rtn":
+            with clock.phase("observing", index):
+                after: list[Tensor] = []
+                stats = observe(stream, block, state, after=(lambda _, out: after.append(out)) if propagate_original else None)
+                if propagate_original:
+                    state.hidden = after
+        with clock.phase("solving", index):
+            weights, kept = _weights(block_plan, block, checkpoint)
+            _check_stats(block_plan, block, stats, recipe)
+            search = recipe.search
+            solved = solve_block(
+                block_plan,
+                weights,
+                kept,
+                stats,
+                method=recipe.method,
+                norm_offset=plan.norm_offset,
+                exponents=search.exponents,
+                rows=search.rows,
+                shrinks=search.shrinks,
+                expert_floor=search.expert_floor,
+            )
+            del stats
+        with clock.phase("storing", index):
+            store.put(solved)
+    _install(block_plan, block, solved)
+    with clock.phase("running the quantized block", index):
+        if not propagate_original:
+            stream.advance(block, state)
+        beside.advance(block, quantized)
+    stream.close()
+    beside.close()
+    _check_finite(quantized, f"block {index}")
+    return report.block_report(block_plan, solved, observed=recipe.method != "rtn")
+
+
+def _weights(plan: BlockPlan, block: nn.Module, checkpoint: TensorSource) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Views of every linear to be solved, and the block's other tensors, by local name.
+
+    Raises:
+        CheckpointError: a weight that is not finite.
+    """
+    weights = {}
+    for linear in plan.linears:
+        if linear.scheme is None:
+            continue
+        weight = weight_of(block, linear.local)
+        # published leftovers that the model does not read (keys and values of layers that borrow them) have no module
+        weights[linear.local] = checkpoint.view(linear.source.tensor) if weight is None else weight
+        if not bool(weights[linear.local].isfinite().all()):
+            raise CheckpointError(f"{linear.source.tensor}: holds NaN or infinity; the checkpoint is damaged")
+    return weights, {local: checkpoint.view(name) for local, name in plan.kept.items()}
+
+
+def _check_stats(plan: BlockPlan, block: nn.Module, stats: Mapping[str, InputStats], recipe: Recipe) -> None:
+    for linear in plan.linears:
+        read = linear.scheme is not None and recipe.method != "rtn" and weight_of(block, linear.local) is not None
+        if read and linear.local not in stats:
+            raise CalibrationError(f"{linear.name}: the model never called this linear during calibration, so it cannot be solved")
+
+
+@torch.no_grad()
+def _install(plan: BlockPlan, block: nn.Module, solved: SolvedBlock) -> None:
+    """The block as an engine will compute it: every weight decoded from its codes, every folded tensor replaced."""
+    for linear in plan.linears:
+        if linear.scheme is None:
+            continue
+        weight = weight_of(block, linear.local)
+        if weight is not None:
+            weight.copy_(from_codes(solved.linears[linear.local].codes))
+    for local, tensor in solved.folded.items():
+        owner, _, leaf = local.rpartition(".")
+        getattr(block.get_submodule(owner), leaf).data.copy_(tensor)
+
+
+def _heldout(recipe: Recipe, tokenizer: Any) -> list[Batch]:
+    """Our held-out samples as batches; none where the recipe scores nothing."""
+    if recipe.score.samples == 0:
+        return []
+    samples = choose(read_samples(recipes.heldout_files()), recipe.score.samples, recipe.calibration.seed)
+    return make_batches(samples, tokenizer, recipe.score.sequence_length, recipe.calibration.batch_tokens)
+
+
+def _score(stream: Stream, original: State, quantized: State) -> Json:
+    scores = Scores()
+    for number, batch in enumerate(stream.batches):
+        length = batch.ids.shape[1]
+        for start in range(0, length - 1, LOGIT_POSITIONS):
+            part = slice(start, min(start + LOGIT_POSITIONS, length - 1))
+            following = slice(part.start + 1, part.stop + 1)
+            base, ours = stream.logits(original, number, part), stream.logits(quantized, number, part)
+            for row, labels in enumerate(batch.labels):
+                scores.add(compare(base[row], ours[row], batch.ids[row, following], batch.real[row, following]), labels)
+    return scores.as_json()
+
+
+def _calibration_report(batches: Sequence[Batch]) -> Json:
+    counts: dict[str, dict[str, int]] = {}
+    total = 0
+    for batch in batches:
+        for row, labels in enumerate(batch.labels):
+            tokens = int(batch.real[row].sum())
+            table = counts.setdefault(labels["language"], {})
+            table[labels["domain"]] = table.get(labels["domain"], 0) + tokens
+            total += tokens
+    return {"tokens": total, "rows": sum(len(batch.labels) for batch in batches), "by_language_and_domain": dict(sorted(counts.items()))}
+
+
+def _dtype(checkpoint: TensorSource) -> torch.dtype:
+    """The precision of the checkpoint: that of most of its weights."""
+    sizes = dict.fromkeys(WEIGHTS, 0)
+    for entry in checkpoint.entries.values():
+        if entry.dtype in sizes:
+            sizes[entry.dtype] += entry.bytes
+    return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _check_finite(state: State, what: str) -> None:
+    for hidden in state.hidden:
+        if not bool(hidden.isfinite().all()):
+            raise CheckpointError(f"{what}: NaN or infinity in the activations; a weight of the checkpoint is damaged")
+
+
+def _check_vocabulary(batches: Sequence[Batch], checkpoint: TensorSource) -> None:
+    text = checkpoint.config.get("text_config") or checkpoint.config
+    size = text.get("vocab_size")
+    highest = max((int(batch.ids.max()) for batch in batches), default=0)
+    if isinstance(size, int) and highest >= size:
+        raise CalibrationError(
+            f"{checkpoint.folder}: its tokenizer makes token {highest}, its vocabulary ends at {size - 1}; another model's?"
+        )
+
+
+def _input_hashes(checkpoint: TensorSource, recipe: Recipe, adapter: str | None) -> dict[str, str]:
+    """Digests of all that a run reads; a store refuses blocks that were solved from other inputs."""
+    files = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jinja", ".model")]
+    hashes = {path.name: file_digest(path) for path in files if path.is_file()}
+    hashes |= {f"calibration/{path.name}": file_digest(path) for path in recipes.load_mix(recipe.calibration.mix)}
+    if adapter:
+        hashes |= {f"adapter/{p.name}": file_digest(p) for p in sorted(Path(adapter).iterdir()) if p.suffix in (".safetensors", ".json")}
+    return hashes
+
+
+def _clear(out: Path) -> None:
+    """Delete an earlier run of ours; anything else in the folder is left, and refused by the store."""
+    if not out.exists():
+        return
+    if not (out / "solved" / "plan.json").exists() and any(out.iterdir()):
+        raise StoreError(f"{out}: not a run of quantkit; --fresh deletes only those; give another --output")
+    for path in (out / "solved", out / "compressed-tensors"):
+        shutil.rmtree(path, ignore_errors=True)
+    (out / "run.json").unlink(missing_ok=True)

@@ -1,0 +1,259 @@
+"""Recipe + family + tensor shapes -> what happens to every tensor. From headers alone: no weight is read, no torch model is built."""
+
+import difflib
+import fnmatch
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+
+from quantkit import families
+from quantkit.errors import FamilyError, RecipeError
+from quantkit.families.family import SERVED_AS_ONE, Family, in_block, matches, outside_block, rename
+from quantkit.recipe import GROUPS, Override, Recipe, Weights
+from quantkit.types import BlockPlan, Entry, Fold, Json, Linear, Plan, Scheme, Source
+
+
+def make_plan(recipe: Recipe, config: Json, entries: Mapping[str, Entry], inputs: str = "") -> Plan:
+    """The fate of every tensor of a checkpoint.
+
+    Args:
+        recipe: what to do.
+        config: the checkpoint's config.json.
+        entries: names, dtypes and shapes of its tensors.
+        inputs: a digest of everything else that decides the output (weights, calibration set, versions).
+
+    Raises:
+        FamilyError: an architecture or a tensor that no table knows.
+        RecipeError: a group that divides no width, linears served as one matrix with different schemes, nothing to quantize.
+    """
+    if "quantization_config" in config:
+        raise RecipeError("config.json: the checkpoint is quantized already (quantization_config); start from the original weights")
+    family, model_type = families.find(config)
+    from_disk = {disk: local for local, disk in family.on_disk.items()}
+    blocks: dict[int, tuple[str, dict[str, str]]] = {}  # index -> prefix, {local tensor name: name in the checkpoint}
+    outside: list[str] = []
+    for name in entries:
+        place = in_block(name)
+        if place is None:
+            _check_outside(family, name)
+            outside.append(name)
+            continue
+        prefix, index, local = place
+        module, dot, leaf = local.rpartition(".")
+        local = rename(from_disk, module) + dot + leaf if dot else local
+        blocks.setdefault(index, (prefix, {}))[1][local] = name
+    if not blocks:
+        raise FamilyError("the checkpoint holds no decoder block (model.layers.N.…); is it a whole causal language model?")
+    if sorted(blocks) != list(range(len(blocks))):
+        missing = next(i for i in range(max(blocks) + 1) if i not in blocks)
+        raise FamilyError(f"the checkpoint has no tensor of decoder block {missing}; is a shard missing?")
+    head = _head_width(config)
+    plans = tuple(_plan_block(recipe, family, i, *blocks[i], entries, head) for i in sorted(blocks))
+    if not any(linear.scheme for block in plans for linear in block.linears):
+        raise RecipeError(f"recipe {recipe.name}: its targets leave nothing to quantize")
+    _check_patterns(recipe, plans)
+    digest = hashlib.sha256(
+        json.dumps(
+            [recipe.model_dump(mode="json"), model_type, sorted((n, str(e.dtype), e.shape) for n, e in entries.items()), inputs]
+        ).encode()
+    ).hexdigest()
+    return Plan(family.name, model_type, family.norm_offset, plans, tuple(outside), dict(entries), family.ignore, digest)
+
+
+def _check_outside(family: Family, name: str) -> None:
+    rest = outside_block(name)
+    if not any(matches(pattern, rest) for pattern in family.outside):
+        _unknown(family, name, rest, family.outside)
+
+
+def _unknown(family: Family, name: str, local: str, known: Iterable[str]) -> None:
+    near = difflib.get_close_matches(local, list(known), n=1, cutoff=0.0)
+    raise FamilyError(
+        f"{name}: the family {family.name} knows no such tensor; the nearest it knows is {near[0] if near else 'none'!r}; "
+        f"if it belongs there, add it to quantkit/families/{family.name}.py"
+    )
+
+
+def _plan_block(
+    recipe: Recipe,
+    family: Family,
+    index: int,
+    prefix: str,
+    tensors: Mapping[str, str],
+    entries: Mapping[str, Entry],
+    head: int,
+) -> BlockPlan:
+    found: dict[str, tuple[Source, tuple[int, int], str]] = {}  # local name -> source, shape, name as written
+    kept: dict[str, str] = {}
+    for local, name in tensors.items():
+        shape = entries[name].shape
+        module = local.removesuffix(".weight")
+        if local in family.fused and len(shape) == 3:
+            for expert, matrix in _split_fused(family.fused[local], shape):
+                written = f"{prefix}{rename(family.on_disk, matrix.local)}"
+                found[matrix.local] = (Source(name, expert, matrix.rows), matrix.shape, written)
+        elif local.endswith(".weight") and len(shape) == 2 and any(matches(p, module) for p in family.linears):
+            found[module] = (Source(name), (shape[0], shape[1]), name.removesuffix(".weight"))
+        elif any(matches(pattern, local) for pattern in family.kept):
+            kept[local] = name
+        else:
+            _unknown(family, name, local, (*family.kept, *(f"{p}.weight" for p in family.linears), *family.fused))
+    wanted = {local: _wanted(recipe, index, local) for local in found}
+    schemes, notes = _schemes(recipe, index, found, wanted)
+    linears = tuple(
+        Linear(written, local, source, shape, schemes[local], notes.get(local, ""))
+        for local, (source, shape, written) in sorted(found.items(), key=lambda item: _order(family, item[0]))
+    )
+    quantized = {linear.local for linear in linears if linear.scheme}
+    present = {*found, *(local.removesuffix(".weight") for local in tensors)}
+    return BlockPlan(index, prefix, linears, tuple(_folds(family, present, set(found), quantized, found, head)), kept)
+
+
+def _order(family: Family, local: str) -> tuple[int, int]:
+    position = next(i for i, pattern in enumerate(family.linears) if matches(pattern, local))
+    number = next((int(part) for part in local.split(".") if part.isdigit()), 0)
+    return (position if number == 0 and ".0." not in local else len(family.linears) + number, position)
+
+
+class _Matrix:
+    def __init__(self, local: str, rows: tuple[int, int] | None, shape: tuple[int, int]):
+        self.local, self.rows, self.shape = local, rows, shape
+
+
+def _split_fused(parts: tuple[str, ...], shape: tuple[int, ...]) -> Iterable[tuple[int, _Matrix]]:
+    """The matrices of a fused (experts, out, in) tensor: the out rows are shared evenly by `parts`."""
+    experts, out, columns = shape
+    share = out // len(parts)
+    for expert in range(experts):
+        for j, pattern in enumerate(parts):
+            rows = (j * share, (j + 1) * share) if len(parts) > 1 else None
+            yield expert, _Matrix(pattern.replace("*", str(expert)), rows, (share, columns))
+
+
+def _wanted(recipe: Recipe, index: int, local: str) -> tuple[Weights | None, str]:
+    """The scheme that the recipe asks for, or None and why."""
+    answer: tuple[Weights | None, str]
+    if not _any_match(recipe.targets, local):
+        answer = None, "not a target of the recipe"
+    elif _any_match(recipe.ignore, local):
+        answer = None, "ignored by the recipe"
+    else:
+        answer = recipe.weights, ""
+    for override in recipe.overrides:
+        if _any_match(override.patterns(), local) and (override.layers is None or index in override.layers):
+            answer = _overridden(override, recipe)
+    return answer
+
+
+def _overridden(override: Override, recipe: Recipe) -> tuple[Weights | None, str]:
+    if override.keep:
+        return None, "kept by an override of the recipe"
+    return override.weights or recipe.weights, ""
+
+
+def _any_match(patterns: Iterable[str], local: str) -> bool:
+    return any(fnmatch.fnmatchcase(local, pattern) for pattern in patterns)
+
+
+def _schemes(
+    recipe: Recipe,
+    index: int,
+    found: Mapping[str, tuple[Source, tuple[int, int], str]],
+    wanted: Mapping[str, tuple[Weights | None, str]],
+) -> tuple[dict[str, Scheme | None], dict[str, str]]:
+    """Each linear's scheme, groups made to divide: one set of experts shares a scheme, as engines serve it as one matrix."""
+    notes = {local: why for local, (_, why) in wanted.items() if why}
+    together: dict[str, list[str]] = {}
+    for local in found:
+        stem = local.partition("experts.")[0] + "experts" if "experts." in local else local
+        served = next((names[0] for names in SERVED_AS_ONE if local in names), stem)
+        together.setdefault(served, []).append(local)
+    schemes: dict[str, Scheme | None] = {}
+    for locals_ in together.values():
+        asked = {wanted[local][0] for local in locals_}
+        if len(asked) > 1:
+            raise RecipeError(
+                f"recipe {recipe.name}: block {index} asks for different schemes in {', '.join(sorted(locals_)[:3])}, "
+                "which engines serve as one matrix; give them one"
+            )
+        weights = asked.pop()
+        if weights is None:
+            schemes |= dict.fromkeys(locals_, None)
+            continue
+        widths = {found[local][1][1] for local in locals_}
+        group = _fitting_group(recipe, weights, widths, index, locals_)
+        for local in locals_:
+            schemes[local] = Scheme(weights.bits, group, weights.symmetric)
+            if weights.group != "row" and group != weights.group:
+                others = "" if found[local][1][1] % weights.group else " in another of its experts' matrices"
+                notes[local] = (
+                    f"group {group}: {weights.group} does not divide {math.gcd(*widths) if others else found[local][1][1]}{others}"
+                )
+    return schemes, notes
+
+
+def _fitting_group(recipe: Recipe, weights: Weights, widths: set[int], index: int, locals_: list[str]) -> int:
+    if weights.group == "row":
+        return 0
+    for group in sorted((g for g in GROUPS if g <= weights.group), reverse=True):
+        if all(width % group == 0 for width in widths):
+            return group
+    raise RecipeError(
+        f"recipe {recipe.name}: no group of {weights.group} or less (32, 64, 128) divides the {sorted(widths)[0]} columns of "
+        f"{sorted(locals_)[0]} in block {index}; use `group: row`, or keep it with an override"
+    )
+
+
+def _folds(
+    family: Family,
+    present: set[str],
+    linears: set[str],
+    quantized: set[str],
+    found: Mapping[str, tuple[Source, tuple[int, int], str]],
+    head: int,
+) -> Iterable[Fold]:
+    """The family's folds, expert by expert where they are an expert's own, without those that would touch a linear that is kept."""
+    for fold in family.folds:
+        starred = "*" in fold.producer
+        experts = sorted({_number(fold.producer, name) for name in present if matches(fold.producer, name)}) if starred else [None]
+        for expert in experts:
+            producer = fold.producer if expert is None else fold.producer.replace("*", str(expert))
+            if producer not in present:
+                continue
+            patterns = fold.consumers if expert is None else tuple(c.replace("*", str(expert)) for c in fold.consumers)
+            consumers = tuple(sorted((n for n in present if any(matches(p, n) for p in patterns)), key=_natural))
+            touched = {producer, *consumers} & linears
+            if not consumers or not touched & quantized or touched - quantized:
+                continue
+            repeats = producer in found and found[producer][1][0] != found[consumers[0]][1][1]
+            if repeats and (not head or found[producer][1][0] % head):
+                continue  # a value head's width that the config does not tell
+            yield Fold(producer, consumers, head if repeats else 0)
+
+
+def _number(pattern: str, name: str) -> int:
+    before = pattern.index("*")
+    return int(name[before : len(name) - len(pattern) + before + 1])
+
+
+def _natural(name: str) -> list[int | str]:
+    return [int(part) if part.isdigit() else part for part in name.split(".")]  # experts.2 before experts.10
+
+
+def _head_width(config: Json) -> int:
+    text = config.get("text_config") or config
+    if isinstance(text.get("head_dim"), int):
+        return int(text["head_dim"])
+    heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
+    return hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else 0
+
+
+def _check_patterns(recipe: Recipe, blocks: Iterable[BlockPlan]) -> None:
+    """A pattern that matches nothing is a slip of the pen, not a wish."""
+    locals_ = {linear.local for block in blocks for linear in block.linears}
+    patterns = [*recipe.targets, *recipe.ignore, *(p for override in recipe.overrides for p in override.patterns())]
+    for pattern in patterns:
+        if not any(fnmatch.fnmatchcase(local, pattern) for local in locals_):
+            near = difflib.get_close_matches(pattern, sorted(locals_), n=1, cutoff=0.0)
+            raise RecipeError(f"recipe {recipe.name}: the pattern {pattern!r} matches no linear of this model; the nearest is {near[0]!r}")

@@ -1,0 +1,37 @@
+"""The model card of an artefact folder. Every figure comes from the run's own report."""
+
+from pathlib import Path
+
+import jinja2
+
+from quantkit.types import Json
+
+
+def write_card(folder: Path, about: Json) -> None:
+    """README.md of an artefact, from the run's report."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("quantkit.publish", "."), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
+    )
+    recipe = about["recipe"]
+    weights = recipe["weights"]
+    text = environment.get_template("card.md.jinja").render(
+        title=f"{about['model']} {recipe['name']}",
+        base_model=about["base_model"],
+        scheme=f"{weights['bits']} bits, {'symmetric' if weights['symmetric'] else 'asymmetric'}, group {weights['group']}",
+        bytes=sum(about["bytes"].values()),
+        bits_per_weight=about["bits_per_weight"],
+        parameters=about["parameters"],
+        recipe=recipe["name"],
+        recipe_description=recipe["description"],
+        calibration=about["calibration"],
+        heldout=about["heldout"],
+        serve_name=folder.name if about["base_model"] is None else f"{about['model']}-{recipe['name']}",
+        needs_conversion=about["family"] == "gemma4" and any(block["experts"] for block in about["blocks"]),
+        symmetric=all(" sym " in row["scheme"] for block in about["blocks"] for row in block["linears"].values()),
+        fused=recipe["experts_layout"] == "fused",
+        versions=about["versions"],
+        seed=recipe["calibration"]["seed"],
+    )
+    temporary = folder / ".README.md.part"
+    temporary.write_text(text, encoding="utf-8")
+    temporary.replace(folder / "README.md")

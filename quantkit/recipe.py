@@ -1,0 +1,209 @@
+"""The YAML that people write, read strictly: recipes (what to do) and calibration mixes (what to feed). Nothing else reads YAML."""
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, TypeVar
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from quantkit.errors import CalibrationError, QuantkitError, RecipeError
+
+HERE = Path(__file__).parent
+GROUPS = (32, 64, 128)
+M = TypeVar("M", bound=BaseModel)
+
+
+class _Strict(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class Weights(_Strict):
+    """A storage scheme: 4 or 8 bits, a scale for every `group` columns ("row": one for the whole row)."""
+
+    bits: Literal[2, 3, 4, 5, 6, 7, 8] = 4
+    group: Literal[32, 64, 128, "row"] = 32
+    symmetric: bool = True
+
+
+class Override(_Strict):
+    """Another scheme for some linears, or none: `match` is one or more patterns of local names, "*" takes anything."""
+
+    match: str | list[str]
+    layers: list[int] | None = None  # only in these decoder blocks
+    weights: Weights | None = None
+    keep: bool = False  # leave them in the checkpoint's own precision
+
+    def patterns(self) -> list[str]:
+        return [self.match] if isinstance(self.match, str) else self.match
+
+
+class Search(_Strict):
+    """How hard the solver tries. The defaults are what docs/solver.md measured."""
+
+    exponents: Annotated[int, Field(ge=2, le=100)] = 20  # steps of the scale grid; identity is always a candidate too
+    rows: Annotated[int, Field(ge=16)] = 512  # rows of a matrix that a candidate is judged on
+    shrinks: Annotated[int, Field(ge=1, le=40)] = 10  # clip candidates of a group's range, 1.0 downwards
+    expert_floor: Annotated[int, Field(ge=0)] = 128  # an expert with so many tokens weighs its own statistics and the pool alike
+    propagate: Literal["quantized", "original"] = "quantized"  # what the blocks behind a solved one see
+
+
+class Calibration(_Strict):
+    """What is fed: a shipped mix by name or a .jsonl file, how much of it, and how long a row may be."""
+
+    mix: str = "stem-agentic"
+    samples: Annotated[int, Field(ge=1)] | None = None  # None: all of the mix
+    sequence_length: Annotated[int, Field(ge=16, le=131072)] = 1024
+    batch_tokens: Annotated[int, Field(ge=16)] = 2048  # tokens of a batch, padding counted
+    seed: int = 0
+
+
+class Score(_Strict):
+    """Held-out samples that run beside the calibration set, through original and quantized blocks; 0 samples: no score."""
+
+    samples: Annotated[int, Field(ge=0)] | None = None  # None: all that we ship
+    sequence_length: Annotated[int, Field(ge=16, le=131072)] = 512
+
+
+class Recipe(_Strict):
+    """What to do with a checkpoint. Order of precedence: overrides (the last that matches), ignore, targets."""
+
+    name: str
+    description: str
+    method: Literal["awq", "rtn"] = "awq"
+    weights: Weights = Weights()
+    targets: list[str] = ["*"]
+    ignore: list[str] = []
+    overrides: list[Override] = []
+    formats: list[Literal["compressed-tensors"]] = ["compressed-tensors"]
+    experts_layout: Literal["per-expert", "fused"] = "per-expert"
+    calibration: Calibration = Calibration()
+    search: Search = Search()
+    score: Score = Score()
+
+
+class MixSource(_Strict):
+    """One source of a mix: a folder of .jsonl files or one such file, beside the mix's YAML."""
+
+    path: str
+
+
+class Mix(_Strict):
+    """A calibration mix: where samples come from."""
+
+    description: str
+    sources: Annotated[list[MixSource], Field(min_length=1)]
+
+
+def shipped(kind: str) -> Path:
+    """The folder of one kind of data that we ship: inside the package in a wheel, beside it in a checkout."""
+    packed = HERE / "shipped_data" / kind
+    return packed if packed.is_dir() else HERE.parent / kind
+
+
+def shipped_recipes() -> list[str]:
+    return sorted(path.stem for path in shipped("recipes").glob("*.yaml"))
+
+
+def load_recipe(name: str) -> Recipe:
+    """A shipped recipe by name, or a YAML file by path.
+
+    Raises:
+        RecipeError: no such recipe, not YAML, an unknown key (named, with its place) or a value out of range.
+    """
+    path = shipped("recipes") / f"{name}.yaml"
+    if name not in shipped_recipes():
+        path = Path(name)
+        if not path.is_file():
+            near = difflib.get_close_matches(name, shipped_recipes(), n=1)
+            hint = f"did you mean {near[0]!r}? " if near else ""
+            raise RecipeError(f"recipe {name!r}: no such recipe and no such file; {hint}shipped: {', '.join(shipped_recipes())}")
+    return _validated(Recipe, {"name": path.stem, **_mapping(path, RecipeError)}, path, RecipeError)
+
+
+def load_mix(name: str) -> list[Path]:
+    """The .jsonl files of a shipped mix, of a mix's YAML file, or a .jsonl file by path, sorted.
+
+    Raises:
+        CalibrationError: no such mix or file, or a source of it is not there.
+    """
+    path = Path(name)
+    if path.suffix == ".jsonl":
+        if not path.is_file():
+            raise CalibrationError(f"calibration {name!r}: no such file")
+        return [path]
+    shipped_mixes = sorted(p.stem for p in shipped("calibration").glob("*.yaml"))
+    if name in shipped_mixes:
+        path = shipped("calibration") / f"{name}.yaml"
+    elif path.suffix not in (".yaml", ".yml") or not path.is_file():
+        raise CalibrationError(f"calibration {name!r}: neither a mix ({', '.join(shipped_mixes)}) nor a .yaml or .jsonl file that exists")
+    files: list[Path] = []
+    for source in _validated(Mix, _mapping(path, CalibrationError), path, CalibrationError).sources:
+        place = path.parent / source.path
+        found = sorted(place.glob("*.jsonl")) if place.is_dir() else [place] if place.is_file() else []
+        if not found:
+            raise CalibrationError(f"{path}: the source {source.path!r} holds no .jsonl file")
+        files += found
+    return files
+
+
+def heldout_files() -> list[Path]:
+    """Our samples that are never calibrated on: what a run is scored with while it streams."""
+    return sorted(shipped("eval").joinpath("heldout").glob("*.jsonl"))
+
+
+def reference_model() -> Path:
+    """The embedded reference model."""
+    return shipped("reference")
+
+
+def _mapping(path: Path, error: type[QuantkitError]) -> dict[str, Any]:
+    try:
+        if path.stat().st_size > 1 << 20:
+            raise error(f"{path}: more than 1 MiB is not a recipe or a mix")
+        value = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as problem:
+        raise error(f"{path}: not YAML that can be read ({' '.join(str(problem).split())[:120]})") from None
+    if not isinstance(value, dict):
+        raise error(f"{path}: a mapping of keys is expected")
+    return value
+
+
+class _PlainLoader(yaml.SafeLoader):
+    """Safe YAML without aliases, which can explode, and without doubled keys, which hide each other."""
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        if self.check_event(yaml.AliasEvent):
+            raise yaml.YAMLError("aliases (*name) are not taken")
+        return super().compose_node(parent, index)
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        doubled = {key for key in keys if isinstance(key, str) and keys.count(key) > 1}
+        if doubled:
+            raise yaml.YAMLError(f"the key {sorted(doubled)[0]!r} stands twice")
+        return super().construct_mapping(node, deep)
+
+
+def _validated(model: type[M], value: dict[str, Any], path: Path, error: type[QuantkitError]) -> M:
+    try:
+        return model.model_validate(value)
+    except ValidationError as problems:
+        first = problems.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if first["type"] == "extra_forbidden":
+            known = _fields(model, first["loc"][:-1])
+            near = difflib.get_close_matches(str(first["loc"][-1]), known, n=1)
+            hint = f"did you mean {near[0]!r}?" if near else f"known here: {', '.join(known)}"
+            raise error(f"{path}: unknown key {where!r}; {hint}") from None
+        raise error(f"{path}: {where}: {first['msg']} (found {str(first['input'])[:60]!r})") from None
+
+
+def _fields(model: type[BaseModel], place: tuple[int | str, ...]) -> list[str]:
+    for part in place:
+        if isinstance(part, str) and part in model.model_fields:
+            inner = model.model_fields[part].annotation
+            options = [a for a in (inner, *getattr(inner, "__args__", ())) if isinstance(a, type) and issubclass(a, BaseModel)]
+            if options:
+                model = options[0]
+    return sorted(model.model_fields)

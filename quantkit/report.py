@@ -1,0 +1,185 @@
+"""What happened, as JSON beside the weights: everything that a card, a gate or a person asks of a run later."""
+
+import json
+import os
+import platform
+import re
+import resource
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from quantkit import __version__
+from quantkit.types import BlockPlan, Json, Plan, SolvedBlock
+
+LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "compressed-tensors", "numpy", "huggingface_hub")
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Where a run stands, for whoever draws its progress."""
+
+    phase: str
+    block: int = 0
+    blocks: int = 0
+    seconds_left: float | None = None
+    memory: int = 0  # peak so far, bytes
+
+
+Listener = Callable[[Event], None]
+
+
+def silent(event: Event) -> None:
+    """The listener of a script."""
+
+
+@dataclass
+class Clock:
+    """Seconds by phase, for the report and for the time that is left."""
+
+    tell: Listener
+    blocks: int = 0
+    seconds: dict[str, float] = field(default_factory=dict)
+    _block_seconds: list[float] = field(default_factory=list)
+
+    @contextmanager
+    def phase(self, name: str, block: int = 0) -> Iterator[None]:
+        left = None
+        if self._block_seconds:
+            left = sum(self._block_seconds) / len(self._block_seconds) * (self.blocks - block)
+        self.tell(Event(name, block, self.blocks, left, peak_memory()))
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+
+    @contextmanager
+    def block(self) -> Iterator[None]:
+        began = time.perf_counter()
+        yield
+        self._block_seconds.append(time.perf_counter() - began)
+
+
+def peak_memory() -> int:
+    """The largest resident set of this process so far, bytes (mapped pages of the checkpoint included)."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def versions() -> Json:
+    """Of quantkit, Python and the libraries that decide the output."""
+    found: Json = {"quantkit": __version__, "python": platform.python_version()}
+    for name in LIBRARIES:
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def block_report(plan: BlockPlan, solved: SolvedBlock, observed: bool) -> Json:
+    """Per linear: its scheme, the error of plain rounding beside ours, the tokens that reached it; per fold: what the search found.
+
+    Without calibration (`observed` false) every input channel counts the same, so errors are those of the weights.
+    """
+    linears = {}
+    for linear in plan.linears:
+        if linear.scheme is None:
+            continue
+        one = solved.linears[linear.local]
+        linears[linear.local] = {
+            "scheme": str(linear.scheme),
+            "error_rounded": _short(one.error_rounded),
+            "error": _short(one.error),
+            "tokens": one.tokens,
+        }
+    folds = [
+        {
+            "producer": fold.producer,
+            "exponents": fold.exponents,
+            "scale_range": [_short(v) for v in fold.scale_range],
+            "loss_ratio": _short(fold.loss_ratio),
+        }
+        for fold in solved.folds
+    ]
+    return {"block": plan.index, "linears": linears, "folds": folds, "experts": expert_tokens(solved) if observed else []}
+
+
+def expert_tokens(solved: SolvedBlock) -> list[int]:
+    """Calibration tokens that each expert of a block saw, in order; empty where there are none."""
+    counts = {int(local.split("experts.")[1].split(".")[0]): one.tokens for local, one in solved.linears.items() if "experts." in local}
+    return [counts[expert] for expert in sorted(counts)]
+
+
+def summary(blocks: Iterable[Json]) -> Json:
+    """Totals that fit on a screen: mean relative errors, and the least-fed expert (None without experts or calibration)."""
+    rows = [row for block in blocks for row in block["linears"].values()]
+    fed = [tokens for block in blocks for tokens in block["experts"]]
+    mean = lambda key: sum(row[key] for row in rows) / max(len(rows), 1)  # noqa: E731
+    return {
+        "linears": len(rows),
+        "mean_error_rounded": mean("error_rounded"),
+        "mean_error": mean("error"),
+        "experts_without_tokens": sum(tokens == 0 for tokens in fed),
+        "fewest_expert_tokens": min(fed, default=None),
+    }
+
+
+def plan_report(plan: Plan, sizes: Json) -> Json:
+    """A plan as JSON: each tensor's fate, and the exact bytes of each format."""
+    linears = [
+        {"name": linear.name, "shape": list(linear.shape), "scheme": str(linear.scheme) if linear.scheme else None, "why": linear.why}
+        for linear in plan.linears()
+    ]
+    kept = [name for block in plan.blocks for name in block.kept.values()] + list(plan.kept)
+    return {
+        "family": plan.family,
+        "model_type": plan.model_type,
+        "blocks": len(plan.blocks),
+        "parameters": parameters(plan),
+        "bytes": sizes,
+        "linears": linears,
+        "kept": kept,
+    }
+
+
+def plan_lines(plan: Plan, sizes: Json) -> Iterator[str]:
+    """A plan for people: equal fates of equal tensors in one line, blocks counted."""
+    rows: dict[tuple[str, str, str], list[int]] = {}
+    for block in plan.blocks:
+        for linear in block.linears:
+            local = re.sub(r"\b\d+\b", "*", linear.local)
+            fate = str(linear.scheme) if linear.scheme else "kept"
+            key = (local, f"{linear.shape[0]} x {linear.shape[1]}", f"{fate}  {linear.why}".rstrip())
+            rows.setdefault(key, []).append(block.index)
+    yield f"family {plan.family} ({plan.model_type}), {len(plan.blocks)} blocks, {parameters(plan):,} weights"
+    for (local, shape, fate), found in rows.items():
+        yield f"  {local:34} {shape:>16}  {fate:28}  {len(found)} in {len(set(found))} blocks"
+    kept: dict[str, list[str]] = {}
+    for name in (*(n for block in plan.blocks for n in block.kept.values()), *plan.kept):
+        kept.setdefault(re.sub(r"\.\d+(?=\.)", ".*", name), []).append(name)
+    for pattern, names in kept.items():
+        size = sum(plan.entries[name].bytes for name in names)
+        yield f"  {pattern:60} kept, {len(names)} tensors, {size:,} bytes"
+    for name, size in sizes.items():
+        bits = size * 8 / parameters(plan)
+        yield f"{name}: {size:,} bytes = {size / 1e9:.2f} GB = {size / 2**30:.2f} GiB, {bits:.3f} bits per weight"
+
+
+def parameters(plan: Plan) -> int:
+    """Weights in the checkpoint, every tensor counted."""
+    return sum(entry.bytes // entry.dtype.itemsize for entry in plan.entries.values())
+
+
+def write_json(path: Path, value: Json) -> None:
+    """Beside and renamed, so that a reader never meets half a report."""
+    temporary = path.with_name(f".{path.name}.part")
+    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, path)
+
+
+def _short(value: float) -> float:
+    return float(f"{value:.6g}")

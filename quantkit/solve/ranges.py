@@ -1,0 +1,76 @@
+"""Ranges: for every group the scale (and zero point) under which its weighted rounding error is smallest.
+
+Clip candidates shrink the group's extremes by a few factors; the winner's scale is then refitted by least squares to the codes it
+chose (the scale that minimises sum h (w - s d)^2 is sum(h w d) / sum(h d^2)), rounded to the stored dtype and kept where it helps.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quantkit.grid.integer import decode, encode, extremes_to_params, storable
+from quantkit.types import Scheme
+
+SMALLEST_SHRINK = 0.6  # docs/solver.md: no group of a trained model chose less at 4 bits
+
+
+def plain(
+    grouped: Float[Tensor, "*batch groups width"], scheme: Scheme, dtype: torch.dtype
+) -> tuple[Float[Tensor, "*batch groups"], Float[Tensor, "*batch groups"] | None]:
+    """The range of plain rounding: each group's own extremes."""
+    return extremes_to_params(grouped.amin(-1), grouped.amax(-1), scheme, dtype)
+
+
+def search(
+    grouped: Float[Tensor, "*batch groups width"],
+    importance: Float[Tensor, "*#batch groups width"],
+    scheme: Scheme,
+    dtype: torch.dtype,
+    shrinks: int,
+) -> tuple[Float[Tensor, "*batch groups"], Float[Tensor, "*batch groups"] | None, Float[Tensor, "*batch groups"]]:
+    """The best of `shrinks` clipped ranges for each group, then one least-squares refit of its scale.
+
+    Args:
+        grouped: weights, the last axis a group.
+        importance: second moment of each input channel (a weight's error counts times this).
+        shrinks: clip candidates between 1 (the group's extremes) and SMALLEST_SHRINK; 1 means plain ranges.
+
+    Returns:
+        scale and zero point (None where symmetric) of every group, and its weighted squared error.
+    """
+    low, high = grouped.amin(-1), grouped.amax(-1)
+    best_scale, best_zero = extremes_to_params(low, high, scheme, dtype)
+    best_error, codes = _error(grouped, importance, best_scale, best_zero, scheme.bits)
+    for step in range(1, shrinks):
+        factor = 1 - (1 - SMALLEST_SHRINK) * step / (shrinks - 1)
+        scale, zero = extremes_to_params(low * factor, high * factor, scheme, dtype)
+        error, _ = _error(grouped, importance, scale, zero, scheme.bits)
+        best_scale, best_zero, best_error = _better(best_scale, best_zero, best_error, scale, zero, error)
+    if shrinks > 1:
+        codes = encode(grouped, best_scale, best_zero, scheme.bits)
+        if best_zero is not None:
+            codes -= best_zero[..., None]
+        weighted = importance * codes
+        fitted = (weighted * grouped).sum(-1) / (weighted * codes).sum(-1)
+        scale = torch.where(fitted > 0, storable(fitted.nan_to_num(0, 0, 0), dtype), best_scale)
+        error, _ = _error(grouped, importance, scale, best_zero, scheme.bits)
+        best_scale, best_zero, best_error = _better(best_scale, best_zero, best_error, scale, best_zero, error)
+    return best_scale, best_zero, best_error
+
+
+def _error(
+    grouped: Tensor, importance: Tensor, scale: Tensor, zero: Tensor | None, bits: int
+) -> tuple[Float[Tensor, "*batch groups"], Tensor]:
+    codes = encode(grouped, scale, zero, bits)
+    difference = decode(codes, scale, zero).sub_(grouped)
+    return difference.square_().mul_(importance).sum(-1), codes
+
+
+def _better(
+    scale: Tensor, zero: Tensor | None, error: Tensor, other_scale: Tensor, other_zero: Tensor | None, other_error: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    wins = other_error < error
+    scale = torch.where(wins, other_scale, scale)
+    if zero is not None and other_zero is not None:
+        zero = torch.where(wins, other_zero, zero)
+    return scale, zero, torch.where(wins, other_error, error)

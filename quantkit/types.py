@@ -1,0 +1,173 @@
+"""The nouns: what flows from room to room. Frozen; every tensor bears its shape.
+
+    Recipe -> Plan{BlockPlan{Linear, Fold}} -> InputStats -> SolvedBlock{Solved{Codes}} -> store -> artefact, report
+
+Names: a tensor of the checkpoint has its full `name` ("model.language_model.layers.3.mlp.up_proj.weight"); inside a block everything
+goes by its `local` name ("mlp.up_proj", "experts.17.up_proj"), which is the module path in transformers, whatever the file calls it.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int, Int8, Int32
+from torch import Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One tensor of a checkpoint, as its header tells."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    @property
+    def bytes(self) -> int:
+        size = self.dtype.itemsize
+        for n in self.shape:
+            size *= n
+        return size
+
+
+@dataclass(frozen=True, slots=True)
+class Scheme:
+    """How one weight is stored: integers of `bits` bits, one scale (and zero point) for `group` columns of a row."""
+
+    bits: int
+    group: int  # 0 = the whole row
+    symmetric: bool
+
+    def width(self, columns: int) -> int:
+        """Columns that share a scale in a matrix of that many columns."""
+        return self.group or columns
+
+    def __str__(self) -> str:
+        return f"w{self.bits} {'sym' if self.symmetric else 'asym'} {f'g{self.group}' if self.group else 'row'}"
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one matrix lies in the checkpoint: a whole tensor, or rows of one expert in a fused (experts, out, in) one."""
+
+    tensor: str
+    expert: int | None = None
+    rows: tuple[int, int] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Linear:
+    """One matrix and what becomes of it."""
+
+    name: str  # as an artefact names it: model.language_model.layers.3.experts.17.up_proj
+    local: str  # inside the block: experts.17.up_proj
+    source: Source
+    shape: tuple[int, int]  # (out, in)
+    scheme: Scheme | None  # None = kept as it is
+    why: str = ""  # why it is kept, or has another group than the recipe asks for
+
+
+@dataclass(frozen=True, slots=True)
+class Fold:
+    """A scale per channel may leave `producer` and enter `consumers`; the block computes the same.
+
+    The producer is a norm (its gain is divided) or a linear (its rows and bias are); consumers' columns are multiplied.
+    """
+
+    producer: str
+    consumers: tuple[str, ...]
+    head: int = 0  # width of a value head, where the consumer's columns repeat the producer's heads (GQA)
+
+
+@dataclass(frozen=True, slots=True)
+class BlockPlan:
+    """One decoder block: its linears, the folds among them, and the tensors that stay (a fold may still scale one)."""
+
+    index: int
+    prefix: str  # of the names in the checkpoint, with the dot: model.layers.3.
+    linears: tuple[Linear, ...]
+    folds: tuple[Fold, ...]
+    kept: Mapping[str, str]  # tensor of the block by its local name ("input_layernorm.weight") -> its name in the checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What happens to every tensor. Made from names and shapes alone."""
+
+    family: str
+    model_type: str
+    norm_offset: float  # a norm of this family multiplies by (offset + weight)
+    blocks: tuple[BlockPlan, ...]
+    kept: tuple[str, ...]  # tensors outside the blocks, copied bit for bit
+    entries: Mapping[str, Entry]  # every tensor of the checkpoint
+    ignore: tuple[str, ...]  # the family's patterns of modules that an artefact's config leaves alone
+    fingerprint: str  # of everything above, the recipe and the inputs: a store keeps no other plan's blocks
+
+    def linears(self) -> Iterator[Linear]:
+        for block in self.blocks:
+            yield from block.linears
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Token rows of about one length, padded on the right. Attention is causal, so real tokens never see the padding."""
+
+    ids: Int[Tensor, "rows tokens"]
+    real: Bool[Tensor, "rows tokens"]
+    labels: tuple[Mapping[str, str], ...] = ()  # a row's sample id, language and domain
+
+
+@dataclass(frozen=True, slots=True)
+class InputStats:
+    """Sums over the tokens that one linear was fed during calibration (fp32)."""
+
+    tokens: int
+    abs: Float[Tensor, " in"]  # sum of |x|
+    square: Float[Tensor, " in"]  # sum of x^2: the Gram's diagonal
+    gram: Float[Tensor, "in in"] | None  # sum of x x^T; None where it cannot be afforded (the experts' shared input)
+
+
+@dataclass(frozen=True, slots=True)
+class Codes:
+    """A weight on the integer grid: weight ~ (code - zero) * scale.
+
+    Codes are signed, -2^(bits-1) .. 2^(bits-1)-1, and lie packed along the input: 32-bit words, the first code in the lowest bits,
+    each with 2^(bits-1) added (the order of compressed-tensors' pack-quantized).
+    """
+
+    packed: Int32[Tensor, "out words"]
+    scale: Float[Tensor, "out groups"]  # in the dtype that will be stored
+    zero: Int8[Tensor, "out groups"] | None
+    scheme: Scheme
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
+class Solved:
+    """One linear, solved. Errors are relative mean squares of its output on the calibration tokens, against the original weight."""
+
+    codes: Codes
+    error_rounded: float  # plain rounding: what the search had to beat
+    error: float
+    tokens: int  # calibration tokens that reached it
+
+
+@dataclass(frozen=True, slots=True)
+class FoldReport:
+    """What the search of one fold found."""
+
+    producer: str
+    exponents: tuple[float, float] | None  # of mean |x| and of the column magnitude; None = identity won
+    scale_range: tuple[float, float]
+    loss_ratio: float  # best candidate's loss over the identity's
+
+
+@dataclass(frozen=True, slots=True)
+class SolvedBlock:
+    index: int
+    linears: Mapping[str, Solved]  # by local name
+    folded: Mapping[str, Tensor]  # kept tensors that a fold changed, by local tensor name ("input_layernorm.weight")
+    folds: tuple[FoldReport, ...]
+
+
+Json = dict[str, Any]
