@@ -5,6 +5,7 @@ conversion table has no entry for the per-expert or fused packed names. Importin
 one that a later transformers brings itself. `load_model` opens a folder and refuses whatever from_pretrained would only warn of.
 """
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from quantkit.errors import CheckpointError
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 FUSED_PARTS = ("packed", "scale", "zero_point")
+_TOWER = re.compile(r".*\b(vision_tower|audio_tower|embed_vision|embed_audio)\.")
 
 
 def _compressor(model: Any) -> tuple[Any, Any]:
@@ -47,6 +49,20 @@ class _Decode(ConversionOps):
             if parts:
                 matrices.append(_decode_experts(parts, compressor, scheme, dtype))
         return {full_layer_name: torch.cat(matrices, dim=1) if len(matrices) > 1 else matrices[0]}
+
+    @property
+    def reverse_op(self) -> ConversionOps:
+        return _KeepFused()
+
+
+class _KeepFused(ConversionOps):
+    """Saving: decoded experts go to disk as they are in memory, as an unquantized checkpoint holds them."""
+
+    def convert(
+        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
+    ) -> dict[str, Any]:
+        prefix, experts, leaf = kwargs["full_layer_name"].partition("experts.")
+        return {f"{prefix}{experts}{'gate_up_proj' if 'gate' in leaf else 'down_proj'}": next(iter(input_dict.values()))}
 
 
 def _part(name: str) -> str:
@@ -87,7 +103,7 @@ def register() -> bool:
         WeightConverter([f"experts.{name}_{part}" for part in FUSED_PARTS], f"experts.{name}", [_Decode()])
         for name in ("gate_up_proj", "down_proj")
     ]
-    conversion_mapping.register_checkpoint_conversion_mapping("gemma4", [*per_expert, *fused])
+    conversion_mapping.register_checkpoint_conversion_mapping("gemma4", [*fused, *per_expert])  # saving looks from the end
     return True
 
 
@@ -107,9 +123,10 @@ def load_model(folder: str | Path, **options: Any) -> Any:
         model, info = cls.from_pretrained(folder, output_loading_info=True, **options)
     except ImportError:  # towers that need packages which are not installed: the text model reads the same files
         text = config.get_text_config()
+        text.quantization_config = config.quantization_config
         cls = transformers.AutoModelForCausalLM._model_mapping[type(text)]
-        model, info = cls.from_pretrained(folder, output_loading_info=True, **options)
-        info["unexpected_keys"] = {k for k in info.get("unexpected_keys", ()) if "layers." in k and "tower" not in k}
+        model, info = cls.from_pretrained(folder, config=text, output_loading_info=True, **options)
+        info["unexpected_keys"] = {key for key in info.get("unexpected_keys", ()) if not _TOWER.match(key)}
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         kind, keys = next(iter(wrong.items()))

@@ -10,7 +10,7 @@ scores     <- held-out samples                     they ran beside, through orig
 
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -162,7 +162,7 @@ def quantize(
         "calibration": _calibration_report(batches),
         "heldout": scores,
         "summary": report.summary(reports),
-        "adapter": getattr(checkpoint, "adapter", None),
+        "adapter": asdict(checkpoint.adapter) if isinstance(checkpoint, Adapted) else None,
         "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
         "peak_memory": report.peak_memory(),
         "threads": torch.get_num_threads(),

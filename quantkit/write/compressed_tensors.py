@@ -61,7 +61,8 @@ class CompressedTensors:
         checkpoint, store, folder: left out where only sizes are asked for.
 
     Raises:
-        WriteError: a bit width that engines do not load, or a fused layout for experts that the source keeps apart.
+        WriteError: a bit width that engines do not load, zero points in a mix of schemes, or a fused layout for experts that the
+            source keeps apart.
     """
 
     def __init__(
@@ -80,6 +81,12 @@ class CompressedTensors:
                     f"{FORMAT} in {linear.scheme.bits} bits ({linear.name}): vLLM has kernels for 4 and 8 bits only, and the packing of "
                     "other widths changed between compressed-tensors 0.17 and 0.19; use 4 or 8"
                 )
+        schemes = {linear.scheme for linear in plan.linears() if linear.scheme}
+        if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
+            raise WriteError(
+                f"{FORMAT} with zero points in a mix of schemes ({', '.join(sorted(map(str, schemes)))}): transformers 5.23 decodes "
+                "such a checkpoint by one scheme only and fails; use one scheme for all linears, or symmetric ones"
+            )
         self.shards = self._layout()
 
     @property
@@ -192,12 +199,12 @@ class CompressedTensors:
             yield Piece(f"{tensor}_zero_point", torch.int32, (experts, _words(out, scheme), groups), packed)
 
     def _copied(self, name: str, entry: Entry) -> Piece:
-        return Piece(name, entry.dtype, entry.shape, lambda: _finite(self._source.view(name), name))
+        return Piece(name, entry.dtype, entry.shape, lambda: _a_number(self._source.view(name), name))
 
     def _maybe_folded(self, index: int, local: str, name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
             store = self._solved
-            return store.read(index, f"folded/{local}") if local in store.folded(index) else _finite(self._source.view(name), name)
+            return store.read(index, f"folded/{local}") if local in store.folded(index) else _a_number(self._source.view(name), name)
 
         return read
 
@@ -305,9 +312,10 @@ def _then(read: Callable[[], Tensor], change: Callable[[Tensor], Tensor]) -> Cal
     return lambda: change(read())
 
 
-def _finite(tensor: Tensor, name: str) -> Tensor:
-    if tensor.is_floating_point() and not all(bool(part.isfinite().all()) for part in tensor.view(-1).split(1 << 24)):
-        raise CheckpointError(f"{name}: holds NaN or infinity; the checkpoint is damaged")
+def _a_number(tensor: Tensor, name: str) -> Tensor:
+    """A tensor that is copied; infinity is legal in it (the bounds of Gemma 4's clipped towers), NaN is not."""
+    if tensor.is_floating_point() and any(bool(part.isnan().any()) for part in tensor.view(-1).split(1 << 24)):
+        raise CheckpointError(f"{name}: holds NaN; the checkpoint is damaged")
     return tensor
 
 

@@ -1,0 +1,290 @@
+"""The main job on every family: the command, the files, and transformers opening them with the very weights that were solved."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+import transformers
+import yaml
+from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.quantization import QuantizationConfig
+from safetensors.torch import load_file
+
+import quantkit.hf
+from quantkit import pipeline
+from quantkit.errors import CheckpointError, WriteError
+from quantkit.recipe import load_recipe
+
+SMALL = {
+    "calibration": {"samples": 20, "sequence_length": 64},
+    "score": {"samples": 4, "sequence_length": 64},
+    "search": {"exponents": 6, "shrinks": 4},
+}
+
+
+def recipe_file(folder: Path, base: str, **changes) -> str:
+    """A shipped recipe, made quick."""
+    path = folder / f"{base}-{abs(hash(json.dumps(changes, sort_keys=True)))}.yaml"
+    path.write_text(yaml.safe_dump({**load_recipe(base).model_dump(mode="json", exclude={"name"}), **SMALL, **changes}))
+    return str(path)
+
+
+def run(tmp_path: Path, name: str, base: str = "awq-w4", build: dict | None = None, **changes) -> tuple[Path, pipeline.Result]:
+    source = tiny.build(name, tmp_path / "model", **(build or {}))
+    return source, pipeline.quantize(str(source), recipe=recipe_file(tmp_path, base, **changes), output=tmp_path / "out")
+
+
+def read(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for path in sorted(folder.glob("*.safetensors")) for name, tensor in load_file(path).items()}
+
+
+def decoded(folder: Path) -> dict[str, torch.Tensor]:
+    """Every linear of an artefact by compressed-tensors' own decoder, fused experts stacked again; all else as it is."""
+    config = QuantizationConfig.model_validate(json.loads((folder / "config.json").read_text())["quantization_config"])
+    groups = list(config.config_groups.values())
+
+    def scheme_of(module: str):
+        by_name = [g for g in groups if any(t.startswith("re:") and re.match(t[3:], module) for t in g.targets)]
+        return (by_name or [g for g in groups if "Linear" in g.targets])[0]
+
+    compressor = BaseCompressor.get_value_from_registry("pack-quantized")
+    tensors, out = read(folder), {}
+    for name, tensor in tensors.items():
+        stem, dot, part = name.rpartition(".")
+        if part == "weight_packed":
+            state = {
+                k: tensors[f"{stem}.{k}"]
+                for k in ("weight_packed", "weight_scale", "weight_shape", "weight_zero_point")
+                if f"{stem}.{k}" in tensors
+            }
+            out[stem] = compressor.decompress(state, scheme_of(stem))["weight"]
+        elif not part.startswith("weight_") or dot == "":
+            out[name] = tensor
+    return out
+
+
+def assert_opens_exactly(folder: Path) -> torch.nn.Module:
+    """Every quantized weight in the opened model equals what compressed-tensors decodes from the file."""
+    model = quantkit.hf.load_model(folder, dtype="auto")
+    with torch.no_grad():  # the first forward decompresses what was not decompressed while loading
+        logits = model(input_ids=torch.arange(20, 60)[None], use_cache=False).logits
+    assert bool(logits.isfinite().all())
+    state = {name.replace("model.language_model.", "").replace("model.", ""): t for name, t in model.state_dict().items()}
+    checked = 0
+    for name, weight in decoded(folder).items():
+        short = name.replace("model.language_model.", "").replace("language_model.model.", "").replace("model.", "")
+        short = (
+            short.replace("block_sparse_moe", "mlp").replace(".w1", ".gate_proj").replace(".w3", ".up_proj").replace(".w2", ".down_proj")
+        )
+        if ".experts." in short and f"{short}.weight" not in state:
+            prefix, _, rest = short.partition(".experts.")
+            expert, _, leaf = rest.partition(".")
+            down = leaf == "down_proj"
+            fused = state[f"{prefix}.experts.{'down_proj' if down else 'gate_up_proj'}"][int(expert)]
+            width = len(fused) // 2
+            mine = fused if down else fused[:width] if leaf == "gate_proj" else fused[width:]
+            assert torch.equal(mine, weight.to(mine.dtype)), name
+            checked += 1
+        elif f"{short}.weight" in state and weight.ndim == 2:
+            assert torch.equal(state[f"{short}.weight"], weight), name
+            checked += 1
+    assert checked
+    return model
+
+
+@pytest.mark.parametrize("name", tiny.FAMILIES)
+def test_every_family_opens_in_transformers(name, tmp_path):
+    source, result = run(tmp_path, name)
+    folder = result.artefacts["compressed-tensors"]
+    assert_opens_exactly(folder)
+    before, after = read(source), read(folder)
+    plan, sizes = pipeline.plan(str(source))
+    assert sizes["compressed-tensors"] == sum(path.stat().st_size for path in folder.glob("*.safetensors"))
+    for kept in plan.kept:
+        assert torch.equal(before[kept], after[kept]), f"{kept} is not copied bit for bit"
+    assert not any(".weight_zero_point" in tensor for tensor in after)
+    assert result.scores["tokens"] > 0
+    assert not (folder.parent / "compressed-tensors" / ".README.md.part").exists()
+
+
+@pytest.mark.parametrize("name", ["gemma4_moe", "gemma4_dense", "llama", "qwen2", "gemma3_vision"])
+def test_asymmetric_opens_exactly(name, tmp_path):
+    _, result = run(tmp_path, name, "awq-w4-asym")
+    folder = result.artefacts["compressed-tensors"]
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    assert config["dequantize"] is True
+    assert_opens_exactly(folder)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_fused_experts_layout(symmetric, tmp_path):
+    weights = {"bits": 4, "group": 32, "symmetric": symmetric}
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    _, fused = run(tmp_path / "a", "gemma4_moe", "rtn-w4", experts_layout="fused", weights=weights)
+    _, split = run(tmp_path / "b", "gemma4_moe", "rtn-w4", weights=weights)
+    names = read(fused.artefacts["compressed-tensors"])
+    assert any(name.endswith("experts.gate_up_proj_packed") for name in names)
+    assert not any("experts" in name and "shape" in name for name in names)
+    one = quantkit.hf.load_model(fused.artefacts["compressed-tensors"], dtype="auto")
+    two = quantkit.hf.load_model(split.artefacts["compressed-tensors"], dtype="auto")
+    for (name, a), b in zip(one.state_dict().items(), two.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_eight_bits_and_whole_rows(tmp_path):
+    _, result = run(tmp_path, "llama", "awq-w8", weights={"bits": 8, "group": "row", "symmetric": True})
+    assert_opens_exactly(result.artefacts["compressed-tensors"])
+    assert result.scores["kl"] < 0.01
+
+
+def test_other_widths_are_refused_with_the_reason(tmp_path):
+    with pytest.raises(WriteError, match=r"3 bits.*4 and 8"):
+        run(tmp_path, "llama", weights={"bits": 3, "group": 32, "symmetric": True})
+    assert not (tmp_path / "out").exists()
+
+
+def test_mixed_schemes(tmp_path):
+    """Attention in 8 bits, one layer's MLP kept: the config tells engines so, and transformers decodes each by its own group."""
+    overrides = [{"match": "self_attn.*", "weights": {"bits": 8}}, {"match": "mlp.*", "layers": [1], "keep": True}]
+    _, result = run(tmp_path, "gemma4_dense", overrides=overrides)
+    folder = result.artefacts["compressed-tensors"]
+    config = json.loads((folder / "config.json").read_text())["quantization_config"]
+    widths = {group["weights"]["num_bits"]: group["targets"] for group in config["config_groups"].values()}
+    assert set(widths) == {4, 8}
+    assert any("v_proj" in target for target in [*widths[4], *widths[8]] if target.startswith("re:")) or "Linear" in widths[8]
+    assert r"re:.*layers\.(1)\.mlp\.down_proj$" in config["ignore"]
+    assert_opens_exactly(folder)
+
+
+def test_plain_transformers_needs_our_import(tmp_path):
+    """What `import quantkit.hf` is for: without the conversion, experts of Gemma 4 are random and load_model says so."""
+    _, result = run(tmp_path, "gemma4_moe", "rtn-w4")
+    folder = result.artefacts["compressed-tensors"]
+    mapping = transformers.conversion_mapping._checkpoint_conversion_mapping_cache.pop("gemma4")
+    try:
+        with pytest.raises(CheckpointError, match="missing keys|unexpected keys"):
+            quantkit.hf.load_model(folder, dtype="auto")
+        assert quantkit.hf.register() is True
+        assert quantkit.hf.register() is False, "an existing entry is never overwritten"
+        quantkit.hf.load_model(folder, dtype="auto")
+    finally:
+        transformers.conversion_mapping._checkpoint_conversion_mapping_cache["gemma4"] = mapping
+
+
+def test_the_snippet_on_the_card_is_right(tmp_path):
+    _, result = run(tmp_path, "gemma4_moe")
+    folder = result.artefacts["compressed-tensors"]
+    card = (folder / "README.md").read_text()
+    snippet = next(part for part in card.split("```python\n")[1:] if "WeightConverter(" in part).split("```")[0]
+    ours = assert_opens_exactly(folder).state_dict()
+    mapping = transformers.conversion_mapping._checkpoint_conversion_mapping_cache.pop("gemma4")
+    try:
+        exec(compile(snippet, "card", "exec"), {})
+        theirs = quantkit.hf.load_model(folder, dtype="auto")
+        with torch.no_grad():
+            theirs(input_ids=torch.arange(20, 60)[None], use_cache=False)
+        for name, tensor in theirs.state_dict().items():
+            assert torch.equal(tensor, ours[name]), name
+    finally:
+        transformers.conversion_mapping._checkpoint_conversion_mapping_cache["gemma4"] = mapping
+
+
+def test_streamed_score_is_that_of_the_files(tmp_path):
+    """The KL that the run reports, measured while streaming, against the published folder opened in transformers."""
+    from quantkit.calibrate.samples import choose, load_tokenizer, make_batches, read_samples
+    from quantkit.evaluate.divergence import Scores, compare
+    from quantkit.recipe import heldout_files
+
+    source, result = run(tmp_path, "llama", build={"dtype": "float32"})
+    base = transformers.AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    ours = quantkit.hf.load_model(result.artefacts["compressed-tensors"], dtype="auto")
+    assert next(ours.parameters()).dtype == torch.float32
+    samples = choose(read_samples(heldout_files()), 4, 0)
+    scores = Scores()
+    for batch in make_batches(samples, load_tokenizer(source), 64, 2048):
+        with torch.no_grad():
+            p, q = base(input_ids=batch.ids).logits, ours(input_ids=batch.ids).logits
+        for row, labels in enumerate(batch.labels):
+            scores.add(compare(p[row, :-1], q[row, :-1], batch.ids[row, 1:], batch.real[row, 1:]), labels)
+    assert scores.total.tokens == result.scores["tokens"]
+    assert scores.as_json()["kl"] == pytest.approx(result.scores["kl"], rel=1e-3)
+    assert scores.as_json()["perplexity"] == pytest.approx(result.scores["perplexity"], rel=1e-4)
+
+
+def test_leftovers_that_no_module_reads(tmp_path):
+    """Published E-type checkpoints hold keys and values of layers that borrow them: rounded plainly, so that engines find them."""
+    source = tiny.build("gemma4_e", tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    borrowed = [n for n in tensors if n.endswith("self_attn.k_proj.weight")]
+    last = max(int(n.split("layers.")[1].split(".")[0]) for n in tensors if "language_model.layers" in n)
+    name = borrowed[0].replace("layers.0.", f"layers.{last}.")
+    assert name not in tensors
+    from safetensors.torch import save_file
+
+    tensors[name] = tensors[borrowed[0]].clone()
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    result = pipeline.quantize(str(source), recipe=recipe_file(tmp_path, "awq-w4"), output=tmp_path / "out")
+    row = result.report["blocks"][last]["linears"]["self_attn.k_proj"]
+    assert row["tokens"] == 0
+    assert row["error"] == row["error_rounded"]
+
+
+def test_sharded_source_and_several_shards_out(tmp_path, monkeypatch):
+    monkeypatch.setattr("quantkit.write.compressed_tensors.SHARD_BYTES", 40_000)
+    _, result = run(tmp_path, "qwen3_moe", build={"max_shard_size": "100KB"})
+    folder = result.artefacts["compressed-tensors"]
+    shards = sorted(folder.glob("model-*.safetensors"))
+    assert len(shards) > 2
+    index = json.loads((folder / "model.safetensors.index.json").read_text())
+    assert set(index["weight_map"].values()) == {path.name for path in shards}
+    assert_opens_exactly(folder)
+
+
+def test_an_adapter_is_merged_on_the_way(tmp_path):
+    from safetensors.torch import save_file
+
+    source = tiny.build("llama", tmp_path / "model")
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    weight = load_file(source / "model.safetensors")["model.layers.0.mlp.up_proj.weight"]
+    generator = torch.Generator().manual_seed(0)
+    a, b = torch.randn(4, weight.shape[1], generator=generator), torch.randn(weight.shape[0], 4, generator=generator)
+    prefix = "base_model.model.model.layers.0.mlp.up_proj"
+    save_file({f"{prefix}.lora_A.weight": a, f"{prefix}.lora_B.weight": b}, adapter / "adapter_model.safetensors")
+    about = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["up_proj"], "base_model_name_or_path": "gone/away"}
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    result = pipeline.quantize(str(source), recipe=recipe_file(tmp_path, "awq-w8"), output=tmp_path / "out", adapter=str(adapter))
+    ours = decoded(result.artefacts["compressed-tensors"])["model.layers.0.mlp.up_proj"].float()
+    merged = weight.float() + 2 * b @ a
+    columns = (ours * merged).sum(0) / merged.square().sum(0)  # the fold's scales, recovered
+    rows = (ours / columns * merged).sum(1) / merged.square().sum(1)
+    assert float((ours / columns / rows[:, None] - merged).norm() / merged.norm()) < 0.05
+    assert result.report["adapter"]["merged"] == 1
+
+
+def test_the_search_beats_plain_rounding(tmp_path):
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    _, awq = run(tmp_path / "a", "llama", calibration={"sequence_length": 256}, search={})
+    _, rtn = run(tmp_path / "b", "llama", "rtn-w4")
+    assert awq.report["summary"]["mean_error"] < 0.7 * awq.report["summary"]["mean_error_rounded"]
+    assert awq.scores["kl"] < rtn.scores["kl"]
+
+
+def test_a_model_can_be_saved_after_our_import(tmp_path):
+    source = tiny.build("gemma4_moe", tmp_path / "model")
+    model = quantkit.hf.load_model(source)
+    model.save_pretrained(tmp_path / "again")
+    again = quantkit.hf.load_model(tmp_path / "again")
+    for (name, a), b in zip(model.state_dict().items(), again.state_dict().values(), strict=True):
+        assert torch.equal(a, b), name
+
+
+def test_zero_points_in_a_mix_of_schemes_are_refused(tmp_path):
+    overrides = [{"match": "self_attn.*", "weights": {"bits": 8}}]
+    with pytest.raises(WriteError, match="one scheme"):
+        run(tmp_path, "llama", "rtn-w4", weights={"bits": 4, "group": 32, "symmetric": False}, overrides=overrides)
