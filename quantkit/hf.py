@@ -58,9 +58,7 @@ class _Decode(ConversionOps):
 class _KeepFused(ConversionOps):
     """Saving: decoded experts go to disk as they are in memory, as an unquantized checkpoint holds them."""
 
-    def convert(
-        self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any
-    ) -> dict[str, Any]:
+    def convert(self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
         prefix, experts, leaf = kwargs["full_layer_name"].partition("experts.")
         return {f"{prefix}{experts}{'gate_up_proj' if 'gate' in leaf else 'down_proj'}": next(iter(input_dict.values()))}
 

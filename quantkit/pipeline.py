@@ -8,8 +8,10 @@ artefacts  <- store, checkpoint                    shards as the blocks they nee
 scores     <- held-out samples                     they ran beside, through original and quantized blocks
 """
 
+import ctypes
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -143,8 +145,9 @@ def quantize(
     for block_plan in plan.blocks:
         with clock.block(), skeleton.block(block_plan.index) as block:
             reports.append(_block(chosen, plan, block_plan, block, checkpoint, store, stream, state, beside, original, quantized, clock))
-            with clock.phase("writing", block_plan.index):
-                writer.write_ready()
+        _give_back_memory()
+        with clock.phase("writing", block_plan.index):
+            writer.write_ready()
     with clock.phase("scoring held-out samples", len(plan.blocks)):
         scores = _score(beside, original, quantized)
     with clock.phase("writing", len(plan.blocks)):
@@ -224,6 +227,7 @@ def _block(
                 expert_floor=search.expert_floor,
             )
             del stats
+            _give_back_memory()
         with clock.phase("storing", index):
             store.put(solved)
     _install(block_plan, block, solved)
@@ -260,6 +264,12 @@ def _check_stats(plan: BlockPlan, block: nn.Module, stats: Mapping[str, InputSta
         read = linear.scheme is not None and recipe.method != "rtn" and weight_of(block, linear.local) is not None
         if read and linear.local not in stats:
             raise CalibrationError(f"{linear.name}: the model never called this linear during calibration, so it cannot be solved")
+
+
+def _give_back_memory() -> None:
+    """Hand freed memory back to the system: glibc keeps up to a gigabyte of a block's small allocations for the next one's peak."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 @torch.no_grad()

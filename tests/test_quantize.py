@@ -166,7 +166,7 @@ def test_plain_transformers_needs_our_import(tmp_path):
     folder = result.artefacts["compressed-tensors"]
     mapping = transformers.conversion_mapping._checkpoint_conversion_mapping_cache.pop("gemma4")
     try:
-        with pytest.raises(CheckpointError, match="missing keys|unexpected keys"):
+        with pytest.raises(CheckpointError, match=r"missing keys|unexpected keys"):
             quantkit.hf.load_model(folder, dtype="auto")
         assert quantkit.hf.register() is True
         assert quantkit.hf.register() is False, "an existing entry is never overwritten"

