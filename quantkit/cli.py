@@ -154,6 +154,7 @@ def _progress() -> "Iterator[Listener]":
         def tell(event: "Event") -> None:
             left = "" if event.seconds_left is None else f"{event.seconds_left / 60:.0f} min left, "
             detail = f"block {event.block + 1 if event.block < event.blocks else event.blocks}/{event.blocks}, " if event.blocks else ""
+            detail += f"{event.tokens:,} tokens, " if event.tokens else ""
             detail += f"{left}{event.memory / 2**30:.2f} GiB"
             bar.update(task, description=event.phase, completed=event.block, total=event.blocks or None, detail=detail)
 

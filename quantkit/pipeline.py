@@ -30,7 +30,7 @@ from quantkit.model.adapter import Adapted
 from quantkit.model.blocks import Skeleton, State, Stream, published_entries
 from quantkit.model.checkpoint import WEIGHTS, Checkpoint, TensorSource, file_digest, read_json
 from quantkit.model.experts import weight_of
-from quantkit.model.hub import find_folder
+from quantkit.model.hub import find_folder, is_folder, remote_headers
 from quantkit.plan import make_plan
 from quantkit.publish.card import write_card
 from quantkit.publish.manifest import write_manifest
@@ -38,7 +38,7 @@ from quantkit.recipe import Recipe
 from quantkit.report import Clock, Listener, silent
 from quantkit.solve.block import solve_block
 from quantkit.store import Store
-from quantkit.types import Batch, BlockPlan, InputStats, Json, Plan, SolvedBlock
+from quantkit.types import Batch, BlockPlan, Effort, InputStats, Json, Plan, SolvedBlock
 from quantkit.write.compressed_tensors import FORMAT, CompressedTensors
 
 LOGIT_POSITIONS = 64  # positions whose logits are in memory at a time: a vocabulary of 262,144 takes 1 MiB each
@@ -79,6 +79,8 @@ def plan(model: str | None, recipe: str = "awq-w4", adapter: str | None = None) 
     if model is not None and Path(model).is_file():
         config = read_json(Path(model))
         made = make_plan(chosen, config, published_entries(config))
+    elif model is not None and adapter is None and not is_folder(model):
+        made = make_plan(chosen, *remote_headers(model))
     else:
         checkpoint = open_checkpoint(model, adapter)
         made = make_plan(chosen, checkpoint.config, checkpoint.entries)
@@ -111,7 +113,6 @@ def quantize(
     """
     chosen = load_recipe(recipe, calibration)
     checkpoint = open_checkpoint(model, adapter)
-    dtype = _dtype(checkpoint)
     name = "reference" if model is None else Path(model.partition("@")[0]).name
     out = Path(output) if output is not None else Path(f"{name}-{chosen.name}")
     clock = Clock(tell)
@@ -127,6 +128,7 @@ def quantize(
         if chosen.method != "rtn":  # plain rounding needs no data
             samples = choose(read_samples(recipes.load_mix(settings.mix)), settings.samples, settings.seed)
             batches = make_batches(samples, tokenizer, settings.sequence_length, settings.batch_tokens)
+        clock.tokens = sum(int(batch.real.sum()) for batch in batches)
         heldout = _heldout(chosen, tokenizer)
         _check_vocabulary([*batches, *heldout], checkpoint)
     if fresh:
@@ -136,20 +138,15 @@ def quantize(
     writer = CompressedTensors(plan, chosen.experts_layout, checkpoint, store, folder)
 
     with clock.phase("building the skeleton"):
-        skeleton = Skeleton(checkpoint, dtype)
-        stream, beside = Stream(skeleton, batches), Stream(skeleton, heldout)
-        state, original = stream.start(), beside.start()
-        _check_finite(state, "the embeddings")
-        quantized = original.fork()
+        run = _Run.start(chosen, plan, checkpoint, store, clock, batches, heldout)
     reports = []
     for block_plan in plan.blocks:
-        with clock.block(), skeleton.block(block_plan.index) as block:
-            reports.append(_block(chosen, plan, block_plan, block, checkpoint, store, stream, state, beside, original, quantized, clock))
-        _give_back_memory()
+        with clock.block():
+            reports.append(run.block(block_plan))
         with clock.phase("writing", block_plan.index):
             writer.write_ready()
     with clock.phase("scoring held-out samples", len(plan.blocks)):
-        scores = _score(beside, original, quantized)
+        scores = run.score()
     with clock.phase("writing", len(plan.blocks)):
         writer.write_ready()
         writer.finish()
@@ -179,66 +176,99 @@ def quantize(
     return Result(out, {FORMAT: folder}, {FORMAT: writer.bytes}, about)
 
 
-def _block(
-    recipe: Recipe,
-    plan: Plan,
-    block_plan: BlockPlan,
-    block: nn.Module,
-    checkpoint: TensorSource,
-    store: Store,
-    stream: Stream,
-    state: State,
-    beside: Stream,
-    original: State,
-    quantized: State,
-    clock: Clock,
-) -> Json:
-    """One block: its original on the held-out stream, statistics, solution, and every stream behind it."""
-    index = block_plan.index
-    propagate_original = recipe.search.propagate == "original"
-    with clock.phase("running held-out samples", index):
-        beside.advance(block, original)
-    if index in store:
-        solved = store.get(block_plan)
-        if propagate_original:
-            stream.advance(block, state)
-    else:
+@dataclass(slots=True)
+class _Run:
+    """Three streams through one skeleton: the calibration set behind solved blocks, held-out samples through original and solved ones."""
+
+    recipe: Recipe
+    plan: Plan
+    checkpoint: TensorSource
+    store: Store
+    clock: Clock
+    skeleton: Skeleton
+    calibration: Stream
+    calibrated: State
+    heldout: Stream
+    original: State
+    quantized: State
+
+    @classmethod
+    def start(
+        cls,
+        recipe: Recipe,
+        plan: Plan,
+        checkpoint: TensorSource,
+        store: Store,
+        clock: Clock,
+        calibration: Sequence[Batch],
+        heldout: Sequence[Batch],
+    ) -> "_Run":
+        skeleton = Skeleton(checkpoint, _dtype(checkpoint))
+        streams = Stream(skeleton, calibration), Stream(skeleton, heldout)
+        first, original = streams[0].start(), streams[1].start()
+        for state in (first, original):
+            _check_finite(state, "the embeddings")
+        return cls(recipe, plan, checkpoint, store, clock, skeleton, streams[0], first, streams[1], original, original.fork())
+
+    def block(self, plan: BlockPlan) -> Json:
+        """One block: held-out samples through the original, statistics, solution, and the streams through what was solved."""
+        index, behind_original = plan.index, self.recipe.search.propagate == "original"
+        with self.skeleton.block(index) as block:
+            with self.clock.phase("running held-out samples", index):
+                self.heldout.advance(block, self.original)
+            if index in self.store:
+                if behind_original:
+                    self.calibration.advance(block, self.calibrated)
+                solved = self.store.get(plan)
+            else:
+                solved = self._solve(plan, block, behind_original)
+            _install(plan, block, solved)
+            with self.clock.phase("running the quantized block", index):
+                if not behind_original:
+                    self.calibration.advance(block, self.calibrated)
+                self.heldout.advance(block, self.quantized)
+        for stream in (self.calibration, self.heldout):
+            stream.close()
+        for state in (self.calibrated, self.original, self.quantized):
+            _check_finite(state, f"block {index}")
+        _give_back_memory()
+        return report.block_report(plan, solved, observed=self.recipe.method != "rtn")
+
+    def _solve(self, plan: BlockPlan, block: nn.Module, behind_original: bool) -> SolvedBlock:
+        """Observe, solve and store the open block; where later blocks shall see the original, the observing pass moves the stream."""
         stats: dict[str, InputStats] = {}
-        if recipe.method != "rtn":
-            with clock.phase("observing", index):
-                after: list[Tensor] = []
-                stats = observe(stream, block, state, after=(lambda _, out: after.append(out)) if propagate_original else None)
-                if propagate_original:
-                    state.hidden = after
-        with clock.phase("solving", index):
-            weights, kept = _weights(block_plan, block, checkpoint)
-            _check_stats(block_plan, block, stats, recipe)
-            search = recipe.search
-            solved = solve_block(
-                block_plan,
-                weights,
-                kept,
-                stats,
-                method=recipe.method,
-                norm_offset=plan.norm_offset,
-                exponents=search.exponents,
-                rows=search.rows,
-                shrinks=search.shrinks,
-                expert_floor=search.expert_floor,
-            )
-            del stats
+        if self.recipe.method != "rtn":
+            with self.clock.phase("observing", plan.index):
+                stats = observe(self.calibration, block, self.calibrated, move=behind_original)
+                _check_stats(plan, block, stats)
+        with self.clock.phase("solving", plan.index):
+            weights, kept = _weights(plan, block, self.checkpoint)
+            solved = solve_block(plan, weights, kept, stats, self.plan.norm_offset, _effort(self.recipe))
             _give_back_memory()
-        with clock.phase("storing", index):
-            store.put(solved)
-    _install(block_plan, block, solved)
-    with clock.phase("running the quantized block", index):
-        if not propagate_original:
-            stream.advance(block, state)
-        beside.advance(block, quantized)
-    stream.close()
-    beside.close()
-    _check_finite(quantized, f"block {index}")
-    return report.block_report(block_plan, solved, observed=recipe.method != "rtn")
+        with self.clock.phase("storing", plan.index):
+            self.store.put(solved)
+        return solved
+
+    def score(self) -> Json:
+        """The held-out samples' logits behind original and quantized blocks, compared token by token."""
+        scores = Scores()
+        for number, batch in enumerate(self.heldout.batches):
+            last = batch.ids.shape[1] - 1
+            for start in range(0, last, LOGIT_POSITIONS):
+                part = slice(start, min(start + LOGIT_POSITIONS, last))
+                following = slice(part.start + 1, part.stop + 1)
+                base = self.heldout.logits(self.original, number, part)
+                ours = self.heldout.logits(self.quantized, number, part)
+                for row, labels in enumerate(batch.labels):
+                    scores.add(compare(base[row], ours[row], batch.ids[row, following], batch.real[row, following]), labels)
+        return scores.as_json()
+
+
+def _effort(recipe: Recipe) -> Effort:
+    if recipe.method == "rtn":
+        return Effort(folds=False, shrinks=1)
+    search = recipe.search
+    return Effort(True, search.exponents, search.rows, search.shrinks, search.expert_floor)
 
 
 def _weights(plan: BlockPlan, block: nn.Module, checkpoint: TensorSource) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
@@ -259,10 +289,9 @@ def _weights(plan: BlockPlan, block: nn.Module, checkpoint: TensorSource) -> tup
     return weights, {local: checkpoint.view(name) for local, name in plan.kept.items()}
 
 
-def _check_stats(plan: BlockPlan, block: nn.Module, stats: Mapping[str, InputStats], recipe: Recipe) -> None:
+def _check_stats(plan: BlockPlan, block: nn.Module, stats: Mapping[str, InputStats]) -> None:
     for linear in plan.linears:
-        read = linear.scheme is not None and recipe.method != "rtn" and weight_of(block, linear.local) is not None
-        if read and linear.local not in stats:
+        if linear.scheme is not None and linear.local not in stats and weight_of(block, linear.local) is not None:
             raise CalibrationError(f"{linear.name}: the model never called this linear during calibration, so it cannot be solved")
 
 
@@ -292,19 +321,6 @@ def _heldout(recipe: Recipe, tokenizer: Any) -> list[Batch]:
         return []
     samples = choose(read_samples(recipes.heldout_files()), recipe.score.samples, recipe.calibration.seed)
     return make_batches(samples, tokenizer, recipe.score.sequence_length, recipe.calibration.batch_tokens)
-
-
-def _score(stream: Stream, original: State, quantized: State) -> Json:
-    scores = Scores()
-    for number, batch in enumerate(stream.batches):
-        length = batch.ids.shape[1]
-        for start in range(0, length - 1, LOGIT_POSITIONS):
-            part = slice(start, min(start + LOGIT_POSITIONS, length - 1))
-            following = slice(part.start + 1, part.stop + 1)
-            base, ours = stream.logits(original, number, part), stream.logits(quantized, number, part)
-            for row, labels in enumerate(batch.labels):
-                scores.add(compare(base[row], ours[row], batch.ids[row, following], batch.real[row, following]), labels)
-    return scores.as_json()
 
 
 def _calibration_report(batches: Sequence[Batch]) -> Json:

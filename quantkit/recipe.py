@@ -39,7 +39,7 @@ class Override(_Strict):
 
 
 class Search(_Strict):
-    """How hard the solver tries. The defaults are what docs/solver.md measured."""
+    """How hard the solver tries, and what it lets the next block see."""
 
     exponents: Annotated[int, Field(ge=2, le=100)] = 20  # steps of the scale grid; identity is always a candidate too
     rows: Annotated[int, Field(ge=16)] = 512  # rows of a matrix that a candidate is judged on

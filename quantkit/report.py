@@ -25,6 +25,7 @@ class Event:
     phase: str
     block: int = 0
     blocks: int = 0
+    tokens: int = 0  # of the calibration set
     seconds_left: float | None = None
     memory: int = 0  # peak so far, bytes
 
@@ -42,6 +43,7 @@ class Clock:
 
     tell: Listener
     blocks: int = 0
+    tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     _block_seconds: list[float] = field(default_factory=list)
 
@@ -50,7 +52,7 @@ class Clock:
         left = None
         if self._block_seconds:
             left = sum(self._block_seconds) / len(self._block_seconds) * (self.blocks - block)
-        self.tell(Event(name, block, self.blocks, left, peak_memory()))
+        self.tell(Event(name, block, self.blocks, self.tokens, left, peak_memory()))
         began = time.perf_counter()
         try:
             yield

@@ -153,6 +153,17 @@ class Solved:
 
 
 @dataclass(frozen=True, slots=True)
+class Effort:
+    """What the solver may do and how hard it tries; a recipe says so."""
+
+    folds: bool = True  # search AWQ scales; False: every linear on its own
+    exponents: int = 20  # steps of the scale grid
+    rows: int = 512  # rows of a matrix that a candidate is judged on
+    shrinks: int = 10  # clip candidates of a group's range; 1 = its extremes, plain rounding
+    expert_floor: int = 128  # an expert with so many tokens weighs its own statistics and the pool alike
+
+
+@dataclass(frozen=True, slots=True)
 class FoldReport:
     """What the search of one fold found."""
 

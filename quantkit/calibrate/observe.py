@@ -29,14 +29,14 @@ class _Sums:
         return InputStats(self.tokens, self.abs, self.square, self.gram)
 
 
-def observe(stream: Stream, block: nn.Module, state: State, after: Callable[[int, Tensor], None] | None = None) -> dict[str, InputStats]:
+def observe(stream: Stream, block: nn.Module, state: State, move: bool = False) -> dict[str, InputStats]:
     """Statistics of every linear and expert of the open block, by local name, padding left out.
 
     Linears that are given one tensor (q, k, v; gate, up) share one InputStats. An expert's gate and up have no Gram: one for each expert
     would be the size of the model; its down has. Experts that no token reached are there, with zero tokens.
 
     Args:
-        after: called with each batch's number and the block's output, where the caller wants to keep it.
+        move: leave `state` behind the block, as `stream.advance` would; otherwise it stays.
     """
     sums: dict[str, _Sums] = {}
     same: dict[str, str] = {}
@@ -76,8 +76,8 @@ def observe(stream: Stream, block: nn.Module, state: State, after: Callable[[int
         for number, batch in enumerate(stream.batches):
             real, last = batch.real.reshape(-1), (None, "")
             out = stream.run(block, state, number)
-            if after:
-                after(number, out)
+            if move:
+                state.hidden[number] = out
     finally:
         for handle in handles:
             handle.remove()

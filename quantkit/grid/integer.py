@@ -10,6 +10,8 @@ from torch import Tensor
 
 from quantkit.types import Codes, Scheme
 
+SMALLEST_SCALE = float(torch.finfo(torch.bfloat16).tiny)
+
 
 def limits(bits: int) -> tuple[int, int]:
     """The lowest and the highest code."""
@@ -33,9 +35,9 @@ def extremes_to_params(
 
 
 def storable(scale: Float[Tensor, "*batch"], dtype: torch.dtype) -> Float[Tensor, "*batch"]:
-    """The scale as it will be stored, in fp32; a group of zeros gets the scale 1, never 0 or a subnormal."""
+    """The scale as it will be stored, in fp32; a group of zeros gets the scale 1, never 0."""
     stored = scale.to(dtype).float()
-    return torch.where(stored.abs() < torch.finfo(dtype).tiny, torch.ones((), dtype=torch.float32), stored)
+    return torch.where(stored.abs() < SMALLEST_SCALE, torch.ones(()), stored)
 
 
 def encode(

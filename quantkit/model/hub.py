@@ -4,7 +4,11 @@ import re
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
+
 from quantkit.errors import CheckpointError
+from quantkit.model.checkpoint import DTYPES, read_json
+from quantkit.types import Entry, Json
 
 # Weights as safetensors, and what lies beside them: never a pickle, never code.
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
@@ -17,15 +21,8 @@ def find_folder(model: str) -> Path:
     Raises:
         CheckpointError: neither a folder nor a Hub id, or the Hub cannot be reached or says no. The message never holds a token.
     """
-    path = Path(model)
-    if path.is_dir():
-        return path
-    if path.exists():
-        raise CheckpointError(f"{model}: a file; give the model's folder")
-    if not _HUB_ID.fullmatch(model) or model.startswith((".", "/")):
-        raise CheckpointError(f"{model}: no such folder, and not a Hub id (owner/name)")
-    import huggingface_hub
-
+    if is_folder(model):
+        return Path(model)
     repo, _, revision = model.partition("@")
     arguments: dict[str, Any] = {"repo_id": repo, "revision": revision or None, "allow_patterns": list(WANTED)}
     try:
@@ -34,7 +31,46 @@ def find_folder(model: str) -> Path:
         try:
             return Path(huggingface_hub.snapshot_download(**arguments, local_files_only=True))
         except Exception:
-            raise CheckpointError(
-                f"{model}: not a folder here, not in the local Hub cache, and the Hub gave no snapshot ({type(problem).__name__}); "
-                "check the name, your connection (HF_HUB_OFFLINE?) and, for a gated model, your login"
-            ) from None
+            raise _unreachable(model, problem) from None
+
+
+def is_folder(model: str) -> bool:
+    """True of a local model folder, False of a Hub id.
+
+    Raises:
+        CheckpointError: it is neither.
+    """
+    path = Path(model)
+    if path.is_dir():
+        return True
+    if path.exists():
+        raise CheckpointError(f"{model}: a file; give the model's folder")
+    if not _HUB_ID.fullmatch(model) or model.startswith((".", "/")):
+        raise CheckpointError(f"{model}: no such folder, and not a Hub id (owner/name)")
+    return False
+
+
+def remote_headers(model: str) -> tuple[Json, dict[str, Entry]]:
+    """config.json and every tensor's dtype and shape of a Hub id, without a single weight.
+
+    Raises:
+        CheckpointError: the Hub cannot be reached, says no, or holds no safetensors.
+    """
+    repo, _, revision = model.partition("@")
+    try:
+        metadata = huggingface_hub.get_safetensors_metadata(repo, revision=revision or None)
+        config = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision or None)
+    except Exception as problem:
+        raise _unreachable(model, problem) from None
+    tensors = {name: info for file in metadata.files_metadata.values() for name, info in file.tensors.items()}
+    for name, info in tensors.items():
+        if info.dtype not in DTYPES:
+            raise CheckpointError(f"{model}: {name} has the type {info.dtype}; quantkit starts from bf16, fp16 or fp32 weights")
+    return read_json(Path(config)), {name: Entry(DTYPES[info.dtype], tuple(info.shape)) for name, info in tensors.items()}
+
+
+def _unreachable(model: str, problem: Exception) -> CheckpointError:
+    return CheckpointError(
+        f"{model}: not a folder here, not in the local Hub cache, and the Hub did not give it ({type(problem).__name__}); "
+        "check the name, your connection (HF_HUB_OFFLINE?) and, for a gated model, your login"
+    )

@@ -1,33 +1,57 @@
 """Solve one decoder block: folds first, then ranges, then codes. Pure: tensors and sums in, codes and folded tensors out."""
 
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from quantkit.grid.integer import from_codes, to_codes
 from quantkit.solve import awq, ranges
 from quantkit.solve.pooling import Pooled, kind
-from quantkit.types import BlockPlan, Codes, Fold, FoldReport, InputStats, Linear, Scheme, Solved, SolvedBlock
+from quantkit.types import BlockPlan, Codes, Effort, Fold, FoldReport, InputStats, Linear, Scheme, Solved, SolvedBlock
 
 JUDGED_ROWS = 512  # rows of a matrix on which its output error is measured
 EXPERT_ROWS = 32  # rows of each expert on which a scale that all experts share is judged
 CHUNK = 1 << 20  # weights at a time in the range search: temporaries stay in the cache
 
 
-class _Scales:
-    """What the folds of a block do to each linear: W' = W * columns / rows."""
+@dataclass(slots=True)
+class _Block:
+    """A block while it is solved: what is given, and what the folds chose so far do to it (W' = W * columns / rows)."""
 
-    def __init__(self) -> None:
-        self.columns: dict[str, Float[Tensor, " in"]] = {}
-        self.rows: dict[str, Float[Tensor, " out"]] = {}
+    linears: dict[str, Linear]
+    weights: Mapping[str, Tensor]
+    kept: Mapping[str, Tensor]
+    inputs: Pooled
+    norm_offset: float
+    columns: dict[str, Float[Tensor, " in"]] = field(default_factory=dict)
+    rows: dict[str, Float[Tensor, " out"]] = field(default_factory=dict)
+    folded: dict[str, Tensor] = field(default_factory=dict)
 
-    def apply(self, local: str, weight: Float[Tensor, "rows in"], part: slice) -> Float[Tensor, "rows in"]:
+    def scheme(self, local: str) -> Scheme:
+        scheme = self.linears[local].scheme
+        assert scheme is not None
+        return scheme
+
+    def scaled(self, local: str, part: slice) -> Float[Tensor, "rows in"]:
+        """Some rows of a linear's weight under the folds, fp32."""
+        weight = self.weights[local][part].float()
         if local in self.columns:
             weight = weight * self.columns[local]
         if local in self.rows:
             weight = weight / self.rows[local][part, None]
+        return weight
+
+    def unscaled(self, local: str, codes: Codes, judged: Int[Tensor, " rows"]) -> Float[Tensor, "rows in"]:
+        """Some rows of the quantized weight with the folds taken back: comparable with the original weight."""
+        zero = None if codes.zero is None else codes.zero[judged]
+        weight = from_codes(Codes(codes.packed[judged], codes.scale[judged], zero, codes.scheme, codes.columns))
+        if local in self.rows:
+            weight *= self.rows[local][judged, None]
+        if local in self.columns:
+            weight /= self.columns[local]
         return weight
 
 
@@ -36,13 +60,8 @@ def solve_block(
     weights: Mapping[str, Tensor],
     kept: Mapping[str, Tensor],
     stats: dict[str, InputStats],
-    *,
-    method: str,
     norm_offset: float,
-    exponents: int,
-    rows: int,
-    shrinks: int,
-    expert_floor: int,
+    effort: Effort,
 ) -> SolvedBlock:
     """All linears of a block on their grids.
 
@@ -52,116 +71,100 @@ def solve_block(
         kept: the block's other tensors by local tensor name; not changed.
         stats: what each linear was fed; emptied linear by linear, so that Grams give way to codes in memory. A linear without stats
             is read by nothing (published leftovers): it is rounded plainly.
-        method: "awq", or "rtn" for plain rounding without folds and searches.
         norm_offset: a norm multiplies by (offset + weight).
-        exponents, rows, shrinks, expert_floor: see recipe.Search.
+        effort: which searches, and how hard.
 
     Returns:
         codes of every linear with a scheme, and the kept tensors that a fold changed (in their own dtype).
     """
-    pooled = Pooled(stats, expert_floor)
-    scales, folded, reports = _Scales(), dict[str, Tensor](), list[FoldReport]()
     linears = {linear.local: linear for linear in plan.linears if linear.scheme is not None}
-    if method == "awq":
-        for fold in plan.folds:
-            _fold(fold, linears, weights, kept, pooled, scales, folded, reports, norm_offset, exponents, rows)
+    block = _Block(linears, weights, kept, Pooled(stats, effort.expert_floor), norm_offset)
+    reports = [report for fold in plan.folds if effort.folds and (report := _fold(block, fold, effort))]
     solved = {}
-    for local, linear in linears.items():
-        searched = shrinks if method == "awq" and local in pooled else 1
-        solved[local] = _quantize(linear, weights[local], pooled, scales, searched)
+    for local in linears:
+        solved[local] = _quantize(block, local, effort.shrinks if local in block.inputs else 1)
         stats.pop(local, None)
-    return SolvedBlock(plan.index, solved, folded, tuple(reports))
+    return SolvedBlock(plan.index, solved, block.folded, tuple(reports))
 
 
-def _fold(
-    fold: Fold,
-    linears: Mapping[str, Linear],
-    weights: Mapping[str, Tensor],
-    kept: Mapping[str, Tensor],
-    pooled: Pooled,
-    scales: _Scales,
-    folded: dict[str, Tensor],
-    reports: list[FoldReport],
-    norm_offset: float,
-    exponents: int,
-    rows: int,
-) -> None:
-    """Choose one fold's scale and enter it where it acts: `scales` for linears, `folded` for norms, routers and biases."""
-    readers = [local for local in fold.consumers if local in linears and local in pooled]
-    routers = [f"{local}.weight" for local in fold.consumers if f"{local}.weight" in kept and local not in linears]
+def _fold(block: _Block, fold: Fold, effort: Effort) -> FoldReport | None:
+    """Choose one fold's scale and enter it where it acts: in linears' columns and rows, in norms, routers and biases."""
+    readers = [local for local in fold.consumers if local in block.linears and local in block.inputs]
     if not readers:
-        return
+        return None
+    routers = [name for local in fold.consumers if local not in block.linears and (name := f"{local}.weight") in block.kept]
     norm, bias = f"{fold.producer}.weight", f"{fold.producer}.bias"
-    from_norm = fold.producer not in linears
-    channels = len(kept[norm]) if from_norm else len(weights[fold.producer])
-    exact_in_kept = bool(routers) or bias in kept  # tensors that stay in bf16 take powers of two, which lose nothing
+    from_norm = fold.producer not in block.linears
+    channels = len(block.kept[norm] if from_norm else block.weights[fold.producer])
+    exact = bool(routers) or bias in block.kept  # tensors that stay in bf16 take powers of two, which lose nothing
 
     def realize(scale: Tensor) -> Tensor:
-        if exact_in_kept:
-            scale = torch.exp2(scale.log2().round())
-        return awq.norm_fold(kept[norm], norm_offset, scale)[1] if from_norm else scale
+        scale = torch.exp2(scale.log2().round()) if exact else scale
+        return awq.norm_fold(block.kept[norm], block.norm_offset, scale)[1] if from_norm else scale
 
-    shared = kind(readers[0]) is not None and len(readers) > 1
-    consumers, tokens, total_abs = [], 0, torch.zeros(weights[readers[0]].shape[1])
+    rows = EXPERT_ROWS if len(readers) > 1 and kind(readers[0]) else effort.rows
+    consumers, tokens, total = [], 0, torch.zeros(block.weights[readers[0]].shape[1])
     for local in readers:
-        own, weight = pooled[local], weights[local]
-        judged = awq.every_nth(weight, EXPERT_ROWS if shared else rows)
-        scheme = linears[local].scheme
-        assert scheme is not None
-        consumers.append(awq.Consumer(judged, own.square * (len(weight) / len(judged)), scheme, weight.dtype))
-        tokens, total_abs = tokens + own.tokens, total_abs + own.abs
-    choice = awq.choose_scale(fold.producer, consumers, total_abs / max(tokens, 1), channels, fold.head, exponents, realize)
-    reports.append(choice.report)
+        fed, weight = block.inputs[local], block.weights[local]
+        judged = awq.every_nth(weight, rows)
+        consumers.append(awq.Consumer(judged, fed.square * (len(weight) / len(judged)), block.scheme(local), weight.dtype))
+        tokens, total = tokens + fed.tokens, total + fed.abs
+    choice = awq.choose_scale(fold.producer, consumers, total / max(tokens, 1), channels, fold.head, effort.exponents, realize)
     if choice.report.exponents is None:
-        return
+        return choice.report
     for local in readers:
-        scales.columns[local] = awq.over_columns(choice.scale, weights[local].shape[1], fold.head)
+        block.columns[local] = awq.over_columns(choice.scale, block.weights[local].shape[1], fold.head)
     for name in routers:
-        folded[name] = (kept[name].float() * choice.scale).to(kept[name].dtype)
+        block.folded[name] = (block.kept[name].float() * choice.scale).to(block.kept[name].dtype)
     if from_norm:
-        folded[norm] = awq.norm_fold(kept[norm], norm_offset, choice.scale)[0]
+        block.folded[norm] = awq.norm_fold(block.kept[norm], block.norm_offset, choice.scale)[0]
     else:
-        scales.rows[fold.producer] = choice.scale
-        if bias in kept:
-            folded[bias] = (kept[bias].float() / choice.scale).to(kept[bias].dtype)
+        block.rows[fold.producer] = choice.scale
+        if bias in block.kept:
+            block.folded[bias] = (block.kept[bias].float() / choice.scale).to(block.kept[bias].dtype)
+    return choice.report
 
 
-def _quantize(linear: Linear, weight: Tensor, pooled: Pooled, scales: _Scales, shrinks: int) -> Solved:
-    local, scheme = linear.local, linear.scheme
-    assert scheme is not None
-    used = local in pooled
-    own = pooled[local] if used else None
-    square = own.square if own is not None else torch.ones(weight.shape[1])
-    importance = square / scales.columns[local].square() if local in scales.columns else square
-    codes = _round(local, weight, importance, scheme, scales, shrinks)
+def _quantize(block: _Block, local: str, shrinks: int) -> Solved:
+    """One linear under its folds: ranges, codes, and both errors of its output on some of its rows."""
+    weight, used = block.weights[local], local in block.inputs
+    square, gram = torch.ones(weight.shape[1]), None
+    if used:
+        fed = block.inputs[local]
+        square, gram = fed.square, fed.gram
     judged = torch.linspace(0, len(weight) - 1, min(len(weight), JUDGED_ROWS)).round().long()
     original = weight[judged].float()
-    gram = own.gram if own is not None else None
     power = max(_output_power(original, square, gram), 1e-30)
-    plainly = _output_power(_plainly_rounded(original, scheme, weight.dtype) - original, square, gram) / power
-    error = _output_power(_as_original(local, codes, judged, scales) - original, square, gram) / power
+
+    def error_of(rounded: Float[Tensor, "rows in"]) -> float:
+        return _output_power(rounded - original, square, gram) / power
+
+    plainly = error_of(_plainly_rounded(original, block.scheme(local), weight.dtype))
+    codes = _round(block, local, square, shrinks)
+    error = error_of(block.unscaled(local, codes, judged))
     if shrinks > 1 and error > plainly:  # the diagonal misjudged the ranges; the extremes may serve better under the same fold
-        other = _round(local, weight, importance, scheme, scales, 1)
-        other_error = _output_power(_as_original(local, other, judged, scales) - original, square, gram) / power
+        other = _round(block, local, square, 1)
+        other_error = error_of(block.unscaled(local, other, judged))
         if other_error < error:
             codes, error = other, other_error
-    return Solved(codes, plainly, error, pooled.tokens(local) if used else 0)
+    return Solved(codes, plainly, error, block.inputs.tokens(local) if used else 0)
 
 
-def _round(local: str, weight: Tensor, importance: Tensor, scheme: Scheme, scales: _Scales, shrinks: int) -> Codes:
+def _round(block: _Block, local: str, square: Float[Tensor, " in"], shrinks: int) -> Codes:
+    weight, scheme = block.weights[local], block.scheme(local)
     out, columns = weight.shape
     width = scheme.width(columns)
-    weighted = importance.view(1, -1, width)
+    importance = (square / block.columns[local].square() if local in block.columns else square).view(1, -1, width)
     parts = []
-    for start in range(0, out, max(1, CHUNK // columns)):
-        part = slice(start, start + max(1, CHUNK // columns))
-        folded = scales.apply(local, weight[part].float(), part)
-        grouped = folded.view(len(folded), -1, width)
+    step = max(1, CHUNK // columns)
+    for start in range(0, out, step):
+        scaled = block.scaled(local, slice(start, start + step))
+        grouped = scaled.view(len(scaled), -1, width)
         if shrinks > 1:
-            scale, zero, _ = ranges.search(grouped, weighted, scheme, weight.dtype, shrinks)
+            scale, zero, _ = ranges.search(grouped, importance, scheme, weight.dtype, shrinks)
         else:
             scale, zero = ranges.plain(grouped, scheme, weight.dtype)
-        parts.append(to_codes(folded, scale, zero, scheme, weight.dtype))
+        parts.append(to_codes(scaled, scale, zero, scheme, weight.dtype))
     return Codes(
         packed=torch.cat([part.packed for part in parts]),
         scale=torch.cat([part.scale for part in parts]),
@@ -174,17 +177,6 @@ def _round(local: str, weight: Tensor, importance: Tensor, scheme: Scheme, scale
 def _plainly_rounded(weight: Float[Tensor, "rows in"], scheme: Scheme, dtype: torch.dtype) -> Float[Tensor, "rows in"]:
     grouped = weight.view(len(weight), -1, scheme.width(weight.shape[1]))
     return from_codes(to_codes(weight, *ranges.plain(grouped, scheme, dtype), scheme, dtype))
-
-
-def _as_original(local: str, codes: Codes, judged: Tensor, scales: _Scales) -> Float[Tensor, "rows in"]:
-    """Some rows of the quantized weight, with the folds taken back: comparable with the original weight."""
-    zero = None if codes.zero is None else codes.zero[judged]
-    weight = from_codes(Codes(codes.packed[judged], codes.scale[judged], zero, codes.scheme, codes.columns))
-    if local in scales.rows:
-        weight *= scales.rows[local][judged, None]
-    if local in scales.columns:
-        weight /= scales.columns[local]
-    return weight
 
 
 def _output_power(weight: Float[Tensor, "rows in"], square: Float[Tensor, " in"], gram: Float[Tensor, "in in"] | None) -> float:

@@ -11,7 +11,7 @@ from torch import Tensor
 from quantkit.grid.integer import decode, encode, extremes_to_params, storable
 from quantkit.types import Scheme
 
-SMALLEST_SHRINK = 0.6  # docs/solver.md: no group of a trained model chose less at 4 bits
+SMALLEST_SHRINK = 0.6  # the narrowest clip that is tried
 
 
 def plain(
