@@ -223,6 +223,9 @@ class _Run:
             else:
                 solved = self._solve(plan, block, behind_original)
             _install(plan, block, solved)
+            about = report.block_report(plan, solved, observed=self.recipe.method != "rtn")
+            del solved  # its codes are on the disk and in the block; they need not meet the streams in memory
+            _give_back_memory()
             with self.clock.phase("running the quantized block", index):
                 if not behind_original:
                     self.calibration.advance(block, self.calibrated)
@@ -232,7 +235,7 @@ class _Run:
         for state in (self.calibrated, self.original, self.quantized):
             _check_finite(state, f"block {index}")
         _give_back_memory()
-        return report.block_report(plan, solved, observed=self.recipe.method != "rtn")
+        return about
 
     def _solve(self, plan: BlockPlan, block: nn.Module, behind_original: bool) -> SolvedBlock:
         """Observe, solve and store the open block; where later blocks shall see the original, the observing pass moves the stream."""

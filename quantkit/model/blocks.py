@@ -269,6 +269,15 @@ class Stream:
         if (batch, index) in self._cache:
             return self._cache[batch, index]
         call: dict[str, Any] = {}
+        costly = False
+
+        def own(value: Any) -> Any:
+            # per_layer_inputs[:, :, i] is a view that would keep every layer's inputs alive
+            nonlocal costly
+            if torch.is_tensor(value) and value.untyped_storage().nbytes() > 2 * value.nbytes:
+                costly = True
+                return value.clone()
+            return value
 
         def make(k: int) -> Callable[..., Tensor]:
             def forward(*args: Any, **kwargs: Any) -> Tensor:
@@ -276,16 +285,15 @@ class Stream:
                 if k < index:
                     return hidden
                 kwargs.pop("hidden_states", None)
-                call["got"] = hidden if index == 0 else None, [_own(v) for v in args[1:]], {n: _own(v) for n, v in kwargs.items()}
+                call["got"] = hidden if index == 0 else None, [own(v) for v in args[1:]], {n: own(v) for n, v in kwargs.items()}
                 raise _Captured
 
             return forward
 
         with self._stand_ins(make), suppress(_Captured):
             self.skeleton.model(input_ids=self.batches[batch].ids, use_cache=False)
-        if any(key[1] != index for key in self._cache):
-            self._cache.clear()  # only the open block's arguments are worth their memory
-        self._cache[batch, index] = call["got"]
+        if costly:  # per-layer inputs take a third of a block's forward to make; masks and positions are cheaper made than kept
+            self._cache[batch, index] = call["got"]
         return call["got"]
 
     @contextmanager
@@ -302,13 +310,6 @@ class Stream:
 
 def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
     return args[0] if args else kwargs["hidden_states"]
-
-
-def _own(value: Any) -> Any:
-    # per_layer_inputs[:, :, i] is a view that would keep every layer's inputs alive
-    if torch.is_tensor(value) and value.untyped_storage().nbytes() > 2 * value.nbytes:
-        return value.clone()
-    return value
 
 
 def _bounds(part: slice, length: int) -> tuple[int, int]:

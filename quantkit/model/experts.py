@@ -15,6 +15,9 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from quantkit.errors import FamilyError
 
 IMPLEMENTATION = "quantkit"
+# The CPU's half-precision products keep compiled code for every number of rows they ever met, some .2 MB each and never freed: an
+# expert's tokens are padded with zero rows to a multiple of this, so that a run meets tens of shapes and not thousands.
+ROWS_STEP = 32
 Watcher = Callable[[str, int, Tensor, Tensor], None]  # (linear's leaf name, expert, token indices, inputs)
 _EXPERT = re.compile(r"(.*experts)\.(\d+)\.(gate|up|down)_proj")
 
@@ -28,15 +31,18 @@ def experts_forward(
     """Each expert on the tokens routed to it; rounds where grouped_mm rounds: output x routing weight in the model's dtype, sum in fp32."""
     watcher: Watcher | None = getattr(experts, "watcher", None)
     total = torch.zeros_like(hidden, dtype=torch.float32)
+    step = ROWS_STEP if hidden.device.type == "cpu" and hidden.dtype != torch.float32 else 1
     for expert in index.unique().tolist():
         token, slot = torch.where(index == expert)
+        count = len(token)
         x = hidden[token]
         if watcher:
             watcher("gate_proj", expert, token, x)
+        x = nn.functional.pad(x, (0, 0, 0, -count % step))
         x = experts._apply_gate(nn.functional.linear(x, experts.gate_up_proj[expert]))  # type: ignore[operator, index]
         if watcher:
-            watcher("down_proj", expert, token, x)
-        x = nn.functional.linear(x, experts.down_proj[expert])  # type: ignore[index]
+            watcher("down_proj", expert, token, x[:count])
+        x = nn.functional.linear(x, experts.down_proj[expert])[:count]  # type: ignore[index]
         total.index_add_(0, token, (x * weights[token, slot, None]).float())
     return total.to(hidden.dtype)
 
