@@ -31,7 +31,7 @@ from quantkit.model.blocks import Skeleton, State, Stream, published_entries
 from quantkit.model.checkpoint import WEIGHTS, Checkpoint, TensorSource, file_digest, read_json
 from quantkit.model.experts import weight_of
 from quantkit.model.hub import find_folder, is_folder, remote_headers
-from quantkit.plan import make_plan
+from quantkit.plan import make_plan, text_config
 from quantkit.publish.card import write_card
 from quantkit.publish.manifest import write_manifest
 from quantkit.recipe import Recipe
@@ -354,8 +354,7 @@ def _check_finite(state: State, what: str) -> None:
 
 
 def _check_vocabulary(batches: Sequence[Batch], checkpoint: TensorSource) -> None:
-    text = checkpoint.config.get("text_config") or checkpoint.config
-    size = text.get("vocab_size")
+    size = text_config(checkpoint.config).get("vocab_size")
     highest = max((int(batch.ids.max()) for batch in batches), default=0)
     if isinstance(size, int) and highest >= size:
         raise CalibrationError(

@@ -242,11 +242,17 @@ def _natural(name: str) -> list[int | str]:
 
 
 def _head_width(config: Json) -> int:
-    text = config.get("text_config") or config
-    if isinstance(text.get("head_dim"), int):
-        return int(text["head_dim"])
-    heads, hidden = text.get("num_attention_heads"), text.get("hidden_size")
+    text = text_config(config)
+    head, heads, hidden = (text.get(key) for key in ("head_dim", "num_attention_heads", "hidden_size"))
+    if isinstance(head, int):
+        return head
     return hidden // heads if isinstance(heads, int) and isinstance(hidden, int) and heads else 0
+
+
+def text_config(config: Json) -> Mapping[str, object]:
+    """The part of a config.json that speaks of the text model: nested, or all of it."""
+    nested = config.get("text_config")
+    return nested if isinstance(nested, Mapping) else config
 
 
 def _check_patterns(recipe: Recipe, blocks: Iterable[BlockPlan]) -> None:

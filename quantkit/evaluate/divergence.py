@@ -4,6 +4,7 @@ Figures are sums over tokens in nats, kept by language and domain; perplexity is
 """
 
 import math
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -35,7 +36,7 @@ class Score:
         n = max(self.tokens, 1)
         return {
             "tokens": self.tokens,
-            "kl": self.kl / n,
+            "kl": min(self.kl / n, sys.float_info.max),  # JSON has no infinity
             "perplexity_base": math.exp(min(self.nll_base / n, 700)),
             "perplexity": math.exp(min(self.nll / n, 700)),
             "same_top": self.same_top / n,
@@ -71,7 +72,8 @@ def compare(
         return Score()
     log_p, log_q = base.log_softmax(-1), other.log_softmax(-1)
     p = log_p.exp()
-    kl = torch.where(p > 0, p * (log_p - log_q), torch.zeros(())).sum(dtype=torch.float64)
+    # - p + q sums to nothing and keeps every term at or above zero: what is left of rounding cannot turn a tiny KL negative
+    kl = (torch.where(p > 0, p * (log_p - log_q), torch.zeros(())) - p + log_q.exp()).sum(dtype=torch.float64)
     at = following[:, None]
     return Score(
         tokens=len(following),

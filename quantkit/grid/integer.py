@@ -28,7 +28,7 @@ def extremes_to_params(
     bottom, top = limits(scheme.bits)
     low, high = low.clamp(max=0), high.clamp(min=0)
     if scheme.symmetric:
-        scale = storable(torch.maximum(-low, high) * (2 / (top - bottom)), dtype)
+        scale = storable(torch.maximum(-low, high) / ((top - bottom) / 2), dtype)
         return scale, None
     scale = storable((high - low) / (top - bottom), dtype)
     return scale, (bottom - low / scale).round_().clamp_(bottom, top)

@@ -1,6 +1,6 @@
 """Solve one decoder block: folds first, then ranges, then codes. Pure: tensors and sums in, codes and folded tensors out."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -112,6 +112,8 @@ def _fold(block: _Block, fold: Fold, effort: Effort) -> FoldReport | None:
     choice = awq.choose_scale(fold.producer, consumers, total / max(tokens, 1), channels, fold.head, effort.exponents, realize)
     if choice.report.exponents is None:
         return choice.report
+    if from_norm and not _holds(block, readers, choice.scale, effort):
+        return FoldReport(fold.producer, None, (1.0, 1.0), 1.0)
     for local in readers:
         block.columns[local] = awq.over_columns(choice.scale, block.weights[local].shape[1], fold.head)
     for name in routers:
@@ -123,6 +125,30 @@ def _fold(block: _Block, fold: Fold, effort: Effort) -> FoldReport | None:
         if bias in block.kept:
             block.folded[bias] = (block.kept[bias].float() / choice.scale).to(block.kept[bias].dtype)
     return choice.report
+
+
+def _holds(block: _Block, readers: Sequence[str], scale: Float[Tensor, " in"], effort: Effort) -> bool:
+    """The diagonal proposed a scale for a norm; does it stand by the whole Gram? No reader may end above plain rounding.
+
+    Inputs with a mean or a few strong directions are where the two differ. Readers without a Gram (experts) are taken at the
+    diagonal's word.
+    """
+    for local in readers:
+        fed, scheme = block.inputs[local], block.scheme(local)
+        if fed.gram is None:
+            continue
+        original = awq.every_nth(block.weights[local], effort.rows)
+        dtype, width = block.weights[local].dtype, scheme.width(original.shape[1])
+        plainly = _plainly_rounded(original, scheme, dtype)
+        grouped = (original * scale).view(len(original), -1, width)
+        importance = (fed.square / scale.square()).view(1, -1, width)
+        best, zero, _ = ranges.search(grouped, importance, scheme, dtype, effort.shrinks)
+        searched = from_codes(to_codes(grouped.view_as(original), best, zero, scheme, dtype)) / scale
+        simple = _plainly_rounded(original * scale, scheme, dtype) / scale
+        allowed = _output_power(plainly - original, fed.square, fed.gram)
+        if min(_output_power(rounded - original, fed.square, fed.gram) for rounded in (searched, simple)) > allowed:
+            return False
+    return True
 
 
 def _quantize(block: _Block, local: str, shrinks: int) -> Solved:

@@ -41,8 +41,10 @@ def search(
     low, high = grouped.amin(-1), grouped.amax(-1)
     best_scale, best_zero = extremes_to_params(low, high, scheme, dtype)
     best_error, codes = _error(grouped, importance, best_scale, best_zero, scheme.bits)
-    for step in range(1, shrinks):
-        factor = 1 - (1 - SMALLEST_SHRINK) * step / (shrinks - 1)
+    levels = 1 << scheme.bits
+    for step in range(shrinks if shrinks > 1 else 0):
+        # the first is wider: the extreme on the highest code itself, where weights that lie on a grid already have theirs
+        factor = 1 - (1 - SMALLEST_SHRINK) * step / (shrinks - 1) if step else (levels - 1) / (levels - 2)
         scale, zero = extremes_to_params(low * factor, high * factor, scheme, dtype)
         error, _ = _error(grouped, importance, scale, zero, scheme.bits)
         best_scale, best_zero, best_error = _better(best_scale, best_zero, best_error, scale, zero, error)
