@@ -60,7 +60,11 @@ def quantize(
             return
         from quantkit import pipeline
 
-        _set_threads(threads)
+        _quiet()
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
         with _progress() as tell:
             result = pipeline.quantize(
                 model, recipe=recipe, output=output, calibration=calibration, adapter=adapter, fresh=fresh, tell=tell
@@ -106,6 +110,7 @@ def families() -> None:
 def _print_plan(model: str | None, recipe: str, adapter: str | None, as_json: bool) -> None:
     from quantkit import pipeline, report
 
+    _quiet()
     made, sizes = pipeline.plan(model, recipe, adapter)
     if as_json:
         click.echo(json.dumps(report.plan_report(made, sizes), ensure_ascii=False))
@@ -168,16 +173,19 @@ def _one_line_errors() -> Iterator[None]:
     except QuantkitError as error:
         click.echo(f"quantkit: {' '.join(str(error).split())}", err=True)
         sys.exit(error.exit_code)
+    except BrokenPipeError:  # `quantkit plan | head`
+        raise
+    except OSError as error:  # a full disk, a folder that may not be written, a name too long
+        click.echo(f"quantkit: {error.filename or 'system'}: {error.strerror or error}", err=True)
+        sys.exit(1)
     except KeyboardInterrupt:
         click.echo("quantkit: interrupted; the same command goes on behind the last solved block", err=True)
         sys.exit(130)
 
 
-def _set_threads(threads: int | None) -> None:
+def _quiet() -> None:
+    """Libraries' warnings would stand beside our one line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    import torch
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
-    if threads:
-        torch.set_num_threads(threads)

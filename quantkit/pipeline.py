@@ -19,8 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from quantkit import families, report
 from quantkit import recipe as recipes
-from quantkit import report
 from quantkit.calibrate.observe import observe
 from quantkit.calibrate.samples import choose, load_tokenizer, make_batches, read_samples
 from quantkit.errors import CalibrationError, CheckpointError, StoreError
@@ -41,6 +41,8 @@ from quantkit.store import Store
 from quantkit.types import Batch, BlockPlan, Effort, InputStats, Json, Plan, SolvedBlock
 from quantkit.write.compressed_tensors import FORMAT, CompressedTensors
 
+SOLVED = "solved"
+OURS = (SOLVED, FORMAT, "run.json")  # what a run leaves in its folder
 LOGIT_POSITIONS = 64  # positions whose logits are in memory at a time: a vocabulary of 262,144 takes 1 MiB each
 
 
@@ -77,7 +79,10 @@ def plan(model: str | None, recipe: str = "awq-w4", adapter: str | None = None) 
     """Every tensor's fate and the exact bytes of each format, before a weight is read. `model` may be a config.json alone."""
     chosen = load_recipe(recipe)
     if model is not None and Path(model).is_file():
+        if adapter:
+            raise CheckpointError(f"{model}: a config alone cannot take an adapter; give the model's folder")
         config = read_json(Path(model))
+        families.find(config)  # an unknown architecture is better named by us than by a class that cannot be found
         made = make_plan(chosen, config, published_entries(config))
     elif model is not None and adapter is None and not is_folder(model):
         made = make_plan(chosen, *remote_headers(model))
@@ -133,7 +138,7 @@ def quantize(
         _check_vocabulary([*batches, *heldout], checkpoint)
     if fresh:
         _clear(out)
-    store = Store(out / "solved", plan, {"model": name, "recipe": chosen.name, "calibration": settings.mix, "adapter": adapter})
+    store = Store(out / SOLVED, plan, {"model": name, "recipe": chosen.name, "calibration": settings.mix, "adapter": adapter})
     folder = out / FORMAT
     writer = CompressedTensors(plan, chosen.experts_layout, checkpoint, store, folder)
 
@@ -152,7 +157,7 @@ def quantize(
         writer.finish()
     about = {
         "model": name,
-        "base_model": model if model is not None and not Path(model).exists() else None,
+        "base_model": model.partition("@")[0] if model is not None and not Path(model).exists() else None,
         "recipe": chosen.model_dump(mode="json"),
         "family": plan.family,
         "model_type": plan.model_type,
@@ -376,8 +381,10 @@ def _clear(out: Path) -> None:
     """Delete an earlier run of ours; anything else in the folder is left, and refused by the store."""
     if not out.exists():
         return
-    if not (out / "solved" / "plan.json").exists() and any(out.iterdir()):
+    if not (out / SOLVED / "plan.json").exists() and any(out.iterdir()):
         raise StoreError(f"{out}: not a run of quantkit; --fresh deletes only those; give another --output")
-    for path in (out / "solved", out / "compressed-tensors"):
+    if foreign := [path.name for path in out.iterdir() if path.name not in OURS and not path.name.endswith(".part")]:
+        raise StoreError(f"{out}: holds {foreign[0]!r}, which is not of a run; --fresh deletes nothing beside it; move it away")
+    for path in (out / SOLVED, out / FORMAT):
         shutil.rmtree(path, ignore_errors=True)
     (out / "run.json").unlink(missing_ok=True)

@@ -4,7 +4,6 @@ import difflib
 import fnmatch
 import hashlib
 import json
-import math
 from collections.abc import Iterable, Mapping
 
 from quantkit import families
@@ -27,12 +26,13 @@ def make_plan(recipe: Recipe, config: Json, entries: Mapping[str, Entry], inputs
         FamilyError: an architecture or a tensor that no table knows.
         RecipeError: a group that divides no width, linears served as one matrix with different schemes, nothing to quantize.
     """
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise RecipeError("config.json: the checkpoint is quantized already (quantization_config); start from the original weights")
     family, model_type = families.find(config)
     from_disk = {disk: local for local, disk in family.on_disk.items()}
     blocks: dict[int, tuple[str, dict[str, str]]] = {}  # index -> prefix, {local tensor name: name in the checkpoint}
     outside: list[str] = []
+    entries = dict(sorted(entries.items(), key=lambda item: dot_natural(item[0])))  # shards come in any order, artefacts in one
     for name in entries:
         place = in_block(name)
         if place is None:
@@ -48,6 +48,9 @@ def make_plan(recipe: Recipe, config: Json, entries: Mapping[str, Entry], inputs
     if sorted(blocks) != list(range(len(blocks))):
         missing = next(i for i in range(max(blocks) + 1) if i not in blocks)
         raise FamilyError(f"the checkpoint has no tensor of decoder block {missing}; is a shard missing?")
+    depth = text_config(config).get("num_hidden_layers")
+    if isinstance(depth, int) and depth != len(blocks):
+        raise FamilyError(f"the checkpoint holds {len(blocks)} decoder blocks, config.json says {depth} (num_hidden_layers)")
     head = _head_width(config)
     plans = tuple(_plan_block(recipe, family, i, *blocks[i], entries, head) for i in sorted(blocks))
     if not any(linear.scheme for block in plans for linear in block.linears):
@@ -182,26 +185,33 @@ def _schemes(
             schemes |= dict.fromkeys(locals_, None)
             continue
         widths = {found[local][1][1] for local in locals_}
-        group = _fitting_group(recipe, weights, widths, index, locals_)
+        group = _fitting_group(recipe, weights, widths, index, locals_, found)
         for local in locals_:
             schemes[local] = Scheme(weights.bits, group, weights.symmetric)
             if weights.group != "row" and group != weights.group:
-                others = "" if found[local][1][1] % weights.group else " in another of its experts' matrices"
-                notes[local] = (
-                    f"group {group}: {weights.group} does not divide {math.gcd(*widths) if others else found[local][1][1]}{others}"
-                )
+                at_fault = next(width for width in sorted(widths) if width % weights.group)
+                elsewhere = "" if found[local][1][1] == at_fault else ", the columns of another matrix that is served with it"
+                notes[local] = f"group {group}: {weights.group} does not divide {at_fault}{elsewhere}"
     return schemes, notes
 
 
-def _fitting_group(recipe: Recipe, weights: Weights, widths: set[int], index: int, locals_: list[str]) -> int:
+def _fitting_group(
+    recipe: Recipe,
+    weights: Weights,
+    widths: set[int],
+    index: int,
+    locals_: list[str],
+    found: Mapping[str, tuple[Source, tuple[int, int], str]],
+) -> int:
     if weights.group == "row":
         return 0
     for group in sorted((g for g in GROUPS if g <= weights.group), reverse=True):
         if all(width % group == 0 for width in widths):
             return group
+    at_fault = next(local for local in sorted(locals_, key=dot_natural) if found[local][1][1] % GROUPS[0])
     raise RecipeError(
-        f"recipe {recipe.name}: no group of {weights.group} or less (32, 64, 128) divides the {sorted(widths)[0]} columns of "
-        f"{sorted(locals_)[0]} in block {index}; use `group: row`, or keep it with an override"
+        f"recipe {recipe.name}: no group of {weights.group} or less (32, 64, 128) divides the {found[at_fault][1][1]} columns of "
+        f"{at_fault} in block {index}; use `group: row`, or keep it with an override"
     )
 
 
@@ -221,8 +231,11 @@ def _folds(
             producer = fold.producer if expert is None else fold.producer.replace("*", str(expert))
             if producer not in present:
                 continue
-            patterns = fold.consumers if expert is None else tuple(c.replace("*", str(expert)) for c in fold.consumers)
-            consumers = tuple(sorted((n for n in present if any(matches(p, n) for p in patterns)), key=_natural))
+            if expert is None:
+                named = {name for name in present if any(matches(pattern, name) for pattern in fold.consumers)}
+            else:
+                named = {consumer.replace("*", str(expert)) for consumer in fold.consumers} & present
+            consumers = tuple(sorted(named, key=dot_natural))
             touched = {producer, *consumers} & linears
             if not consumers or not touched & quantized or touched - quantized:
                 continue
@@ -237,8 +250,9 @@ def _number(pattern: str, name: str) -> int:
     return int(name[before : len(name) - len(pattern) + before + 1])
 
 
-def _natural(name: str) -> list[int | str]:
-    return [int(part) if part.isdigit() else part for part in name.split(".")]  # experts.2 before experts.10
+def dot_natural(name: str) -> list[tuple[int, str]]:
+    """A sort key that puts experts.2 before experts.10."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in name.split(".")]
 
 
 def _head_width(config: Json) -> int:
@@ -257,7 +271,12 @@ def text_config(config: Json) -> Mapping[str, object]:
 
 def _check_patterns(recipe: Recipe, blocks: Iterable[BlockPlan]) -> None:
     """A pattern that matches nothing is a slip of the pen, not a wish."""
+    blocks = list(blocks)
     locals_ = {linear.local for block in blocks for linear in block.linears}
+    for override in recipe.overrides:
+        for layer in override.layers or ():
+            if not 0 <= layer < len(blocks):
+                raise RecipeError(f"recipe {recipe.name}: an override names layer {layer}, the model has 0 to {len(blocks) - 1}")
     patterns = [*recipe.targets, *recipe.ignore, *(p for override in recipe.overrides for p in override.patterns())]
     for pattern in patterns:
         if not any(fnmatch.fnmatchcase(local, pattern) for local in locals_):

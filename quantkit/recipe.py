@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from quantkit.errors import CalibrationError, QuantkitError, RecipeError
 
@@ -29,10 +29,16 @@ class Weights(_Strict):
 class Override(_Strict):
     """Another scheme for some linears, or none: `match` is one or more patterns of local names, "*" takes anything."""
 
-    match: str | list[str]
-    layers: list[int] | None = None  # only in these decoder blocks
+    match: str | Annotated[list[str], Field(min_length=1)]
+    layers: Annotated[list[int], Field(min_length=1)] | None = None  # only in these decoder blocks
     weights: Weights | None = None
     keep: bool = False  # leave them in the checkpoint's own precision
+
+    @model_validator(mode="after")
+    def _says_one_thing(self) -> "Override":
+        if self.keep and self.weights is not None:
+            raise ValueError("give either weights or keep: true")
+        return self
 
     def patterns(self) -> list[str]:
         return [self.match] if isinstance(self.match, str) else self.match
@@ -68,14 +74,14 @@ class Score(_Strict):
 class Recipe(_Strict):
     """What to do with a checkpoint. Order of precedence: overrides (the last that matches), ignore, targets."""
 
-    name: str
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]  # names the output folder where none is given
     description: str
     method: Literal["awq", "rtn"] = "awq"
     weights: Weights = Weights()
     targets: list[str] = ["*"]
     ignore: list[str] = []
     overrides: list[Override] = []
-    formats: list[Literal["compressed-tensors"]] = ["compressed-tensors"]
+    formats: Annotated[list[Literal["compressed-tensors"]], Field(min_length=1)] = ["compressed-tensors"]
     experts_layout: Literal["per-expert", "fused"] = "per-expert"
     calibration: Calibration = Calibration()
     search: Search = Search()
@@ -162,7 +168,7 @@ def _mapping(path: Path, error: type[QuantkitError]) -> dict[str, Any]:
         if path.stat().st_size > 1 << 20:
             raise error(f"{path}: more than 1 MiB is not a recipe or a mix")
         value = yaml.load(path.read_text(encoding="utf-8"), Loader=_PlainLoader)
-    except (yaml.YAMLError, UnicodeDecodeError, OSError, RecursionError) as problem:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as problem:
         raise error(f"{path}: not YAML that can be read ({' '.join(str(problem).split())[:120]})") from None
     if not isinstance(value, dict):
         raise error(f"{path}: a mapping of keys is expected")
@@ -189,7 +195,8 @@ def _validated(model: type[M], value: dict[str, Any], path: Path, error: type[Qu
     try:
         return model.model_validate(value)
     except ValidationError as problems:
-        first = problems.errors()[0]
+        errors = problems.errors()
+        first = next((one for one in errors if one["type"] == "extra_forbidden"), errors[0])  # a slip explains what seems to be missing
         where = ".".join(str(part) for part in first["loc"])
         if first["type"] == "extra_forbidden":
             known = _fields(model, first["loc"][:-1])

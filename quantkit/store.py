@@ -105,7 +105,7 @@ class Store:
         self.folder = folder
         self._open: tuple[int, Any] | None = None
         note = folder / "plan.json"
-        if note.exists():
+        if note.exists() and any(folder.glob("block-*.safetensors")):  # a run that solved nothing yet may be begun anew
             try:
                 held = json.loads(note.read_text(encoding="utf-8"))
                 fingerprint = held["fingerprint"]
@@ -114,7 +114,7 @@ class Store:
             if fingerprint != plan.fingerprint:
                 other = ", ".join(f"{k} {held.get(k)!r}" for k, v in describe.items() if held.get(k) != v) or "other inputs or versions"
                 raise StoreError(f"{folder.parent}: holds another run ({other}); give another --output, or --fresh to start anew there")
-        elif folder.parent.exists() and any(folder.parent.iterdir()):
+        elif folder.parent.exists() and any(path != folder for path in folder.parent.iterdir()):
             raise StoreError(f"{folder.parent}: not empty and not a run of quantkit; give another --output")
         with replacing(note) as temporary:
             temporary.write_text(json.dumps({"fingerprint": plan.fingerprint, **describe}, indent=1) + "\n", encoding="utf-8")

@@ -150,6 +150,9 @@ def test_a_foreign_folder_is_refused(tmp_path):
 def test_a_damaged_note_is_one_sentence(note, tmp_path):
     Store(tmp_path / "solved", plan_of(), ABOUT)
     (tmp_path / "solved" / "plan.json").write_text(note)
+    Store(tmp_path / "solved", plan_of(), ABOUT)  # nothing is solved yet, so nothing can be mixed up
+    (tmp_path / "solved" / "plan.json").write_text(note)
+    (tmp_path / "solved" / "block-00000.safetensors").touch()
     with pytest.raises(StoreError, match=r"plan\.json: damaged; delete"):
         Store(tmp_path / "solved", plan_of(), ABOUT)
 

@@ -2,6 +2,7 @@
 
 import json
 import random
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,6 +15,7 @@ from quantkit.errors import CalibrationError
 from quantkit.types import Batch, Json
 
 ROLES = ("system", "user", "assistant", "tool")
+_LONE_SURROGATE = re.compile("[\ud800-\udfff]")
 UNLABELLED = {"id": "", "language": "unknown", "domain": "unknown"}
 
 
@@ -43,7 +45,7 @@ def read_samples(files: Iterable[Path]) -> list[Sample]:
     files = list(files)
     for path in files:
         try:
-            lines = path.read_text(encoding="utf-8").splitlines()
+            lines = path.read_text(encoding="utf-8").split("\n")  # a line ends there only: text may hold other separators
         except (OSError, UnicodeDecodeError) as problem:
             raise CalibrationError(f"{path}: cannot be read ({problem})") from None
         for number, line in enumerate(lines, 1):
@@ -62,6 +64,8 @@ def _parse(line: str, where: str) -> Sample:
         raise CalibrationError(f"{where}: not a JSON line") from None
     if not isinstance(value, dict):
         raise CalibrationError(f"{where}: a sample is an object with messages or text")
+    if _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+        raise CalibrationError(f"{where}: holds half of a surrogate pair, which is no text")
     name, language, domain = (str(value.get(key) or default) for key, default in UNLABELLED.items())
     name = where if name == UNLABELLED["id"] else name
     text, messages, tools = value.get("text"), value.get("messages"), value.get("tools") or []
@@ -69,9 +73,16 @@ def _parse(line: str, where: str) -> Sample:
         return Sample(name, language, domain, messages=(), text=text)
     if not isinstance(messages, list) or not messages or not isinstance(tools, list):
         raise CalibrationError(f"{where}: a sample needs messages (a list) or text")
+    if not all(isinstance(tool, dict) for tool in tools):
+        raise CalibrationError(f"{where}: tools is a list of JSON schemas")
     for message in messages:
         if not isinstance(message, dict) or message.get("role") not in ROLES:
             raise CalibrationError(f"{where}: every message is an object with a role of {', '.join(ROLES)}")
+        if not isinstance(message.get("content") or "", (str, list)):
+            raise CalibrationError(f"{where}: a message's content is text, or a list of parts")
+        calls = message.get("tool_calls") or []
+        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
+            raise CalibrationError(f"{where}: tool_calls is a list of objects")
     return Sample(name, language, domain, messages=tuple(messages), tools=tuple(tools))
 
 
@@ -131,7 +142,8 @@ def _render(tokenizer: Any, messages: list[Json], tools: list[Json]) -> list[int
 
 def _as_text(message: Json) -> str:
     content = message.get("content") or ""
-    parts = [content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)]
+    parts = [message.get("reasoning_content") or ""]
+    parts += [content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)]
     parts += [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or []]
     return "\n".join(part for part in parts if part)
 

@@ -6,6 +6,7 @@ Names in a table are local to a decoder block and are the module paths of transf
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cache
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,8 +64,12 @@ def outside_block(name: str) -> str:
 
 def matches(pattern: str, name: str) -> bool:
     """Does a table's pattern stand for this name? "*" is one number, a trailing "**" everything below."""
-    regex = re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", r"\d+")
-    return re.fullmatch(regex, name) is not None
+    return _compiled(pattern).fullmatch(name) is not None
+
+
+@cache
+def _compiled(pattern: str) -> re.Pattern[str]:
+    return re.compile(re.escape(pattern).replace(r"\*\*", ".+").replace(r"\*", r"\d+"))
 
 
 def rename(table: Mapping[str, str], name: str) -> str:

@@ -56,7 +56,8 @@ def hollow_model(config: Json, folder: Path | None, dtype: torch.dtype) -> Any:
     """
     if config.get("auto_map") and not config.get("model_type"):
         raise FamilyError(f"{folder}: the model brings its own code (auto_map), which quantkit does not run")
-    name = (config.get("architectures") or [None])[0]
+    named = config.get("architectures")
+    name = named[0] if isinstance(named, list) and named else None
     cls: Any = getattr(transformers, str(name), None)
     if cls is None:
         raise FamilyError(f"config.json: transformers {transformers.__version__} has no class {name!r}; is `architectures` right?")

@@ -171,7 +171,7 @@ def _header(path: Path) -> dict[str, _Place]:
         spans = {name: (int(t["data_offsets"][0]), int(t["data_offsets"][1])) for name, t in tensors.items()}
         shapes = {name: tuple(int(n) for n in t["shape"]) for name, t in tensors.items()}
         kinds = {name: str(t["dtype"]) for name, t in tensors.items()}
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RecursionError):
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(f"{path}: its header is not a safetensors header; download it again") from None
     data, places, reached = size - 8 - length, {}, 0
     for name in sorted(tensors, key=lambda n: spans[n]):

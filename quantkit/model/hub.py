@@ -7,7 +7,7 @@ from typing import Any
 import huggingface_hub
 
 from quantkit.errors import CheckpointError
-from quantkit.model.checkpoint import DTYPES, read_json
+from quantkit.model.checkpoint import DTYPES, Checkpoint, read_json
 from quantkit.types import Entry, Json
 
 # Weights as safetensors, and what lies beside them: never a pickle, never code.
@@ -60,8 +60,9 @@ def remote_headers(model: str) -> tuple[Json, dict[str, Entry]]:
     try:
         metadata = huggingface_hub.get_safetensors_metadata(repo, revision=revision or None)
         config = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision or None)
-    except Exception as problem:
-        raise _unreachable(model, problem) from None
+    except Exception:
+        local = Checkpoint(find_folder(model))  # what is in the cache can be planned offline
+        return local.config, local.entries
     tensors = {name: info for file in metadata.files_metadata.values() for name, info in file.tensors.items()}
     for name, info in tensors.items():
         if info.dtype not in DTYPES:
