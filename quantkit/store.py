@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantkit.errors import StoreError
-from quantkit.types import BlockPlan, Codes, FoldReport, Json, Plan, Solved, SolvedBlock
+from quantkit.types import BlockPlan, Codes, Entry, FoldReport, Json, Plan, Solved, SolvedBlock
 
 SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -42,10 +42,7 @@ class Piece:
 
     @property
     def bytes(self) -> int:
-        size = self.dtype.itemsize
-        for n in self.shape:
-            size *= n
-        return size
+        return Entry(self.dtype, self.shape).bytes
 
 
 def safetensors_header(pieces: Iterable[Piece], metadata: dict[str, str]) -> bytes:

@@ -41,6 +41,18 @@ VALUES_TO_OUTPUT = Fold("self_attn.v_proj", ("self_attn.o_proj",))  # legal only
 UP_TO_DOWN = Fold("mlp.up_proj", ("mlp.down_proj",))
 ENDS = ("embed_tokens.weight", "norm.weight", "lm_head.weight")
 TOWERS = ("vision_tower.**", "audio_tower.**", "vision_model.**", "multi_modal_projector.**", "embed_vision.**", "embed_audio.**")
+GEMMA_NORMS = (
+    "self_attn.q_norm.weight",
+    "self_attn.k_norm.weight",
+    "input_layernorm.weight",
+    "post_attention_layernorm.weight",
+    "pre_feedforward_layernorm.weight",
+    "post_feedforward_layernorm.weight",
+)
+VALUE_NORM = "self_attn.v_norm.weight"  # has no weight in transformers, which is told to expect it from files all the same
+PER_LAYER_INPUTS = ("per_layer_input_gate.weight", "per_layer_projection.weight", "post_per_layer_input_norm.weight")
+PER_LAYER_EMBEDDINGS = ("embed_tokens_per_layer.weight", "per_layer_model_projection.weight", "per_layer_projection_norm.weight")
+IGNORE_PER_LAYER = r"re:.*\.?per_layer_(input_gate|projection|model_projection)$"
 IGNORE_TOWERS = r"re:.*(vision_tower|audio_tower|vision_model|multi_modal_projector|embed_vision|embed_audio)\b.*"
 
 # Linears that serving engines store as one matrix: they must share a scheme (contract: vLLM refuses a mixed q, k, v).

@@ -4,6 +4,7 @@ from quantkit.families.family import (
     ATTENTION,
     ENDS,
     GATE_UP,
+    GEMMA_NORMS,
     IGNORE_TOWERS,
     MLP,
     QKV,
@@ -25,14 +26,7 @@ FAMILY = Family(
         Fold("pre_feedforward_layernorm", GATE_UP),
         UP_TO_DOWN,
     ),
-    kept=(
-        "self_attn.q_norm.weight",
-        "self_attn.k_norm.weight",
-        "input_layernorm.weight",
-        "post_attention_layernorm.weight",
-        "pre_feedforward_layernorm.weight",
-        "post_feedforward_layernorm.weight",
-    ),
+    kept=(*GEMMA_NORMS,),
     outside=(*ENDS, *TOWERS),
     ignore=("lm_head", IGNORE_TOWERS),
 )

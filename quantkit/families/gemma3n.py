@@ -1,6 +1,21 @@
 """Gemma 3n: E2B, E4B."""
 
-from quantkit.families.family import ATTENTION, ENDS, GATE_UP, IGNORE_TOWERS, MLP, TOWERS, UP_TO_DOWN, Family, Fold
+from quantkit.families.family import (
+    ATTENTION,
+    ENDS,
+    GATE_UP,
+    GEMMA_NORMS,
+    IGNORE_PER_LAYER,
+    IGNORE_TOWERS,
+    MLP,
+    PER_LAYER_EMBEDDINGS,
+    PER_LAYER_INPUTS,
+    TOWERS,
+    UP_TO_DOWN,
+    VALUE_NORM,
+    Family,
+    Fold,
+)
 
 FAMILY = Family(
     name="gemma3n",
@@ -13,13 +28,8 @@ FAMILY = Family(
         UP_TO_DOWN,
     ),
     kept=(
-        "self_attn.q_norm.weight",
-        "self_attn.k_norm.weight",
-        "self_attn.v_norm.weight",
-        "input_layernorm.weight",
-        "post_attention_layernorm.weight",
-        "pre_feedforward_layernorm.weight",
-        "post_feedforward_layernorm.weight",
+        *GEMMA_NORMS,
+        VALUE_NORM,
         "altup.correct_output_scale",
         "altup.correction_coefs.weight",
         "altup.prediction_coefs.weight",
@@ -28,16 +38,12 @@ FAMILY = Family(
         "laurel.linear_left.weight",
         "laurel.linear_right.weight",
         "laurel.post_laurel_norm.weight",
-        "per_layer_input_gate.weight",
-        "per_layer_projection.weight",
-        "post_per_layer_input_norm.weight",
+        *PER_LAYER_INPUTS,
     ),
     outside=(
         *ENDS,
         *TOWERS,
-        "embed_tokens_per_layer.weight",
-        "per_layer_model_projection.weight",
-        "per_layer_projection_norm.weight",
+        *PER_LAYER_EMBEDDINGS,
         "altup_projections.*.weight",
         "altup_unembed_projections.*.weight",
     ),
@@ -45,7 +51,7 @@ FAMILY = Family(
     ignore=(
         "lm_head",
         IGNORE_TOWERS,
-        r"re:.*\.?per_layer_(input_gate|projection|model_projection)$",
+        IGNORE_PER_LAYER,
         r"re:.*altup.*",
         r"re:.*\.laurel\..*",
     ),

@@ -1,6 +1,22 @@
 """Gemma 4: dense (31B), experts (26B-A4B), and per-layer embeddings with shared keys and values (E2B, E4B)."""
 
-from quantkit.families.family import ATTENTION, ENDS, GATE_UP, IGNORE_TOWERS, MLP, QKV, TOWERS, UP_TO_DOWN, Family, Fold
+from quantkit.families.family import (
+    ATTENTION,
+    ENDS,
+    GATE_UP,
+    GEMMA_NORMS,
+    IGNORE_PER_LAYER,
+    IGNORE_TOWERS,
+    MLP,
+    PER_LAYER_EMBEDDINGS,
+    PER_LAYER_INPUTS,
+    QKV,
+    TOWERS,
+    UP_TO_DOWN,
+    VALUE_NORM,
+    Family,
+    Fold,
+)
 
 EXPERT_GATE_UP = ("experts.*.gate_proj", "experts.*.up_proj")
 
@@ -20,29 +36,20 @@ FAMILY = Family(
     ),
     kept=(
         "layer_scalar",
-        "self_attn.q_norm.weight",
-        "self_attn.k_norm.weight",
-        "self_attn.v_norm.weight",
-        "input_layernorm.weight",
-        "post_attention_layernorm.weight",
-        "pre_feedforward_layernorm.weight",
-        "post_feedforward_layernorm.weight",
+        *GEMMA_NORMS,
+        VALUE_NORM,
         "pre_feedforward_layernorm_2.weight",
         "post_feedforward_layernorm_1.weight",
         "post_feedforward_layernorm_2.weight",
         "router.proj.weight",
         "router.scale",
         "router.per_expert_scale",
-        "per_layer_input_gate.weight",
-        "per_layer_projection.weight",
-        "post_per_layer_input_norm.weight",
+        *PER_LAYER_INPUTS,
     ),
     outside=(
         *ENDS,
         *TOWERS,
-        "embed_tokens_per_layer.weight",
-        "per_layer_model_projection.weight",
-        "per_layer_projection_norm.weight",
+        *PER_LAYER_EMBEDDINGS,
     ),
-    ignore=("lm_head", IGNORE_TOWERS, r"re:.*\.router\.proj$", r"re:.*\.?per_layer_(input_gate|projection|model_projection)$"),
+    ignore=("lm_head", IGNORE_TOWERS, r"re:.*\.router\.proj$", IGNORE_PER_LAYER),
 )
