@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 MODEL = click.argument("model", required=False)
 RECIPE = click.option("--recipe", default="awq-w4", show_default=True, help="A shipped recipe (see `quantkit recipes`) or a YAML file.")
 ADAPTER = click.option("--adapter", metavar="DIR", help="A PEFT LoRA adapter, merged tensor by tensor as the checkpoint is read.")
+FEW_TOKENS = 4096  # below, a run says so
 JSON = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
 
 
@@ -56,6 +57,10 @@ def quantize(
     """Quantize MODEL, a folder or a Hub id (owner/name); left out: the embedded reference model."""
     with _one_line_errors():
         if dry_run:
+            if calibration:
+                from quantkit.recipe import load_mix
+
+                load_mix(calibration)  # a plan does not need it, yet a wrong name is better told now
             _print_plan(model, recipe, adapter, as_json)
             return
         from quantkit import pipeline
@@ -69,7 +74,7 @@ def quantize(
             result = pipeline.quantize(
                 model, recipe=recipe, output=output, calibration=calibration, adapter=adapter, fresh=fresh, tell=tell
             )
-        click.echo(json.dumps({**result.report, "blocks": None}, ensure_ascii=False) if as_json else _describe(result))
+        click.echo(_as_json(result) if as_json else _describe(result))
 
 
 @main.command()
@@ -119,6 +124,13 @@ def _print_plan(model: str | None, recipe: str, adapter: str | None, as_json: bo
         click.echo(line)
 
 
+def _as_json(result: "Result") -> str:
+    """The run's report without its per-linear tables, and where everything lies."""
+    report = {key: value for key, value in result.report.items() if key != "blocks"}
+    places = {name: str(folder) for name, folder in result.artefacts.items()}
+    return json.dumps({"output": str(result.output), "artefacts": places, **report}, ensure_ascii=False)
+
+
 def _describe(result: "Result") -> str:
     about, scores = result.report, result.scores
     lines = []
@@ -131,9 +143,15 @@ def _describe(result: "Result") -> str:
             f"(original {scores['perplexity_base']:.4f}), same top token {scores['same_top']:.2%}"
         )
     total = about["summary"]
-    lines.append(f"mean relative output error {total['mean_error']:.3e} (plain rounding {total['mean_error_rounded']:.3e})")
+    tokens = about["calibration"]["tokens"]
+    if tokens:
+        lines.append(f"mean relative output error {total['mean_error']:.3e} (plain rounding {total['mean_error_rounded']:.3e})")
+    else:
+        lines.append(f"mean relative weight error {total['mean_error']:.3e} (plain rounding, no calibration)")
     if total["fewest_expert_tokens"] is not None:
         lines.append(f"experts: the least fed saw {total['fewest_expert_tokens']} tokens, {total['experts_without_tokens']} saw none")
+    if 0 < tokens < FEW_TOKENS:
+        lines.append(f"only {tokens} calibration tokens: statistics of so few are noise; give a larger set")
     minutes, seconds = divmod(round(sum(about["seconds"].values())), 60)
     lines.append(f"{minutes} min {seconds:02d} s, peak memory {about['peak_memory'] / 2**30:.2f} GiB; report: {result.output / 'run.json'}")
     folder = next(iter(result.artefacts.values()))
@@ -152,16 +170,16 @@ def _progress() -> "Iterator[Listener]":
     from rich.console import Console
     from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns: list[Any] = [TextColumn("{task.description:32}"), BarColumn(), TextColumn("{task.fields[detail]}"), TimeElapsedColumn()]
+    columns: list[Any] = [TimeElapsedColumn(), BarColumn(bar_width=10), TextColumn("{task.description}: {task.fields[detail]}")]
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None, detail="")
 
         def tell(event: "Event") -> None:
-            left = "" if event.seconds_left is None else f"{event.seconds_left / 60:.0f} min left, "
-            detail = f"block {event.block + 1 if event.block < event.blocks else event.blocks}/{event.blocks}, " if event.blocks else ""
+            left = "" if event.seconds_left is None else f"{_duration(event.seconds_left)} left, "
+            detail = "" if event.block is None else f"block {min(event.block + 1, event.blocks)}/{event.blocks}, "
             detail += f"{event.tokens:,} tokens, " if event.tokens else ""
-            detail += f"{left}{event.memory / 2**30:.2f} GiB"
-            bar.update(task, description=event.phase, completed=event.block, total=event.blocks or None, detail=detail)
+            detail += f"{left}peak {event.memory / 2**30:.1f} GiB"
+            bar.update(task, description=event.phase, completed=event.block or 0, total=event.blocks or None, detail=detail)
 
         yield tell
 
@@ -181,6 +199,10 @@ def _one_line_errors() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("quantkit: interrupted; the same command goes on behind the last solved block", err=True)
         sys.exit(130)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
 
 
 def _quiet() -> None:

@@ -24,15 +24,16 @@ FUSED_PARTS = ("packed", "scale", "zero_point")
 _TOWER = re.compile(r".*\b(vision_tower|audio_tower|embed_vision|embed_audio)\.")
 
 
-def _compressor(model: Any) -> tuple[Any, Any]:
-    """The scheme of a checkpoint's experts and the compressor that decodes it."""
-    from transformers.integrations.compressed_tensors import get_experts_scheme
-
+def _compressor(model: Any, parameter: str) -> tuple[Any, Any]:
+    """The scheme of one layer's experts and the compressor that decodes it, found as vLLM finds it: by the name of expert 0."""
     config = model.config.quantization_config
     config = getattr(config, "quantization_config", config)
     if isinstance(config, dict):
         config = QuantizationConfig.model_validate(config)
-    scheme = get_experts_scheme(config)
+    probe = f"{parameter.rpartition('.')[0]}.0.gate_proj"
+    groups = list(config.config_groups.values())
+    named = [g for g in groups if any(t.startswith("re:") and re.match(t[3:], probe) for t in g.targets)]
+    scheme = (named or [g for g in groups if any(not t.startswith("re:") for t in g.targets)])[0]
     return BaseCompressor.get_value_from_registry(scheme.format or config.format), scheme
 
 
@@ -41,7 +42,7 @@ class _Decode(ConversionOps):
 
     def convert(self, input_dict: dict[str, Any], source_patterns: list[str], target_patterns: list[str], **kwargs: Any) -> dict[str, Any]:
         model, full_layer_name = kwargs["model"], kwargs["full_layer_name"]
-        compressor, scheme = _compressor(model)
+        compressor, scheme = _compressor(model, full_layer_name)
         dtype = model.get_parameter_or_buffer(full_layer_name).dtype
         matrices: list[Tensor] = []
         for projection in ("gate_up_proj", "gate_proj", "up_proj", "down_proj"):
@@ -125,6 +126,8 @@ def load_model(folder: str | Path, **options: Any) -> Any:
         cls = transformers.AutoModelForCausalLM._model_mapping[type(text)]
         model, info = cls.from_pretrained(folder, config=text, output_loading_info=True, **options)
         info["unexpected_keys"] = {key for key in info.get("unexpected_keys", ()) if not _TOWER.match(key)}
+    except RuntimeError as problem:
+        raise CheckpointError(f"{folder}: transformers cannot open it ({' '.join(str(problem).split())[:160]})") from None
     wrong = {kind: sorted(map(str, keys)) for kind, keys in info.items() if keys}
     if wrong:
         kind, keys = next(iter(wrong.items()))

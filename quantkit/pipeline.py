@@ -28,7 +28,7 @@ from quantkit.evaluate.divergence import Scores, compare
 from quantkit.grid.integer import from_codes
 from quantkit.model.adapter import Adapted
 from quantkit.model.blocks import Skeleton, State, Stream, published_entries
-from quantkit.model.checkpoint import WEIGHTS, Checkpoint, TensorSource, file_digest, read_json
+from quantkit.model.checkpoint import Checkpoint, TensorSource, file_digest, read_json
 from quantkit.model.experts import weight_of
 from quantkit.model.hub import find_folder, is_folder, remote_headers
 from quantkit.plan import make_plan, text_config
@@ -39,7 +39,7 @@ from quantkit.report import Clock, Listener, silent
 from quantkit.solve.block import solve_block
 from quantkit.store import Store
 from quantkit.types import Batch, BlockPlan, Effort, InputStats, Json, Plan, SolvedBlock
-from quantkit.write.compressed_tensors import FORMAT, CompressedTensors
+from quantkit.write.compressed_tensors import FORMAT, PASSED_ON, CompressedTensors
 
 SOLVED = "solved"
 OURS = (SOLVED, FORMAT, "run.json")  # what a run leaves in its folder
@@ -66,6 +66,13 @@ def load_recipe(name: str, calibration: str | None = None) -> Recipe:
     if calibration is None:
         return recipe
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"mix": calibration})})
+
+
+def _name(model: str | None) -> str:
+    """What a run calls its model: the folder's own name, wherever one stands, or the Hub's."""
+    if model is None:
+        return "reference"
+    return Path(model).resolve().name if Path(model).is_dir() else Path(model.partition("@")[0]).name
 
 
 def open_checkpoint(model: str | None, adapter: str | None = None) -> TensorSource:
@@ -118,7 +125,7 @@ def quantize(
     """
     chosen = load_recipe(recipe, calibration)
     checkpoint = open_checkpoint(model, adapter)
-    name = "reference" if model is None else Path(model.partition("@")[0]).name
+    name = _name(model)
     out = Path(output) if output is not None else Path(f"{name}-{chosen.name}")
     clock = Clock(tell)
     with clock.phase("reading headers"):
@@ -146,7 +153,7 @@ def quantize(
         run = _Run.start(chosen, plan, checkpoint, store, clock, batches, heldout)
     reports = []
     for block_plan in plan.blocks:
-        with clock.block():
+        with clock.block(counts=block_plan.index not in store):
             reports.append(run.block(block_plan))
         with clock.phase("writing", block_plan.index):
             writer.write_ready()
@@ -208,7 +215,7 @@ class _Run:
         calibration: Sequence[Batch],
         heldout: Sequence[Batch],
     ) -> "_Run":
-        skeleton = Skeleton(checkpoint, _dtype(checkpoint))
+        skeleton = Skeleton(checkpoint, plan.dtype)
         streams = Stream(skeleton, calibration), Stream(skeleton, heldout)
         first, original = streams[0].start(), streams[1].start()
         for state in (first, original):
@@ -247,10 +254,11 @@ class _Run:
         stats: dict[str, InputStats] = {}
         if self.recipe.method != "rtn":
             with self.clock.phase("observing", plan.index):
-                stats = observe(self.calibration, block, self.calibrated, move=behind_original)
+                wanted = {linear.local for linear in plan.linears if linear.scheme}
+                stats = observe(self.calibration, block, self.calibrated, wanted, move=behind_original)
                 _check_stats(plan, block, stats)
         with self.clock.phase("solving", plan.index):
-            weights, kept = _weights(plan, block, self.checkpoint)
+            weights, kept = _weights(plan, block, self.checkpoint, self.plan.dtype)
             solved = solve_block(plan, weights, kept, stats, self.plan.norm_offset, _effort(self.recipe))
             _give_back_memory()
         with self.clock.phase("storing", plan.index):
@@ -279,8 +287,10 @@ def _effort(recipe: Recipe) -> Effort:
     return Effort(True, search.exponents, search.rows, search.shrinks, search.expert_floor)
 
 
-def _weights(plan: BlockPlan, block: nn.Module, checkpoint: TensorSource) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Views of every linear to be solved, and the block's other tensors, by local name.
+def _weights(
+    plan: BlockPlan, block: nn.Module, checkpoint: TensorSource, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Views of every linear to be solved, and the block's other tensors, by local name, as the model computes with them.
 
     Raises:
         CheckpointError: a weight that is not finite.
@@ -291,10 +301,10 @@ def _weights(plan: BlockPlan, block: nn.Module, checkpoint: TensorSource) -> tup
             continue
         weight = weight_of(block, linear.local)
         # published leftovers that the model does not read (keys and values of layers that borrow them) have no module
-        weights[linear.local] = checkpoint.view(linear.source.tensor) if weight is None else weight
+        weights[linear.local] = checkpoint.view(linear.source.tensor).to(dtype) if weight is None else weight
         if not bool(weights[linear.local].isfinite().all()):
             raise CheckpointError(f"{linear.source.tensor}: holds NaN or infinity; the checkpoint is damaged")
-    return weights, {local: checkpoint.view(name) for local, name in plan.kept.items()}
+    return weights, {local: checkpoint.view(name).to(dtype) for local, name in plan.kept.items()}
 
 
 def _check_stats(plan: BlockPlan, block: nn.Module, stats: Mapping[str, InputStats]) -> None:
@@ -343,19 +353,10 @@ def _calibration_report(batches: Sequence[Batch]) -> Json:
     return {"tokens": total, "rows": sum(len(batch.labels) for batch in batches), "by_language_and_domain": dict(sorted(counts.items()))}
 
 
-def _dtype(checkpoint: TensorSource) -> torch.dtype:
-    """The precision of the checkpoint: that of most of its weights."""
-    sizes = dict.fromkeys(WEIGHTS, 0)
-    for entry in checkpoint.entries.values():
-        if entry.dtype in sizes:
-            sizes[entry.dtype] += entry.bytes
-    return max(sizes, key=lambda dtype: sizes[dtype])
-
-
 def _check_finite(state: State, what: str) -> None:
     for hidden in state.hidden:
         if not bool(hidden.isfinite().all()):
-            raise CheckpointError(f"{what}: NaN or infinity in the activations; a weight of the checkpoint is damaged")
+            raise CheckpointError(f"{what}: NaN or infinity in the activations: a damaged weight, or fp16 that overflows (convert to bf16)")
 
 
 def _check_vocabulary(batches: Sequence[Batch], checkpoint: TensorSource) -> None:
@@ -369,7 +370,7 @@ def _check_vocabulary(batches: Sequence[Batch], checkpoint: TensorSource) -> Non
 
 def _input_hashes(checkpoint: TensorSource, recipe: Recipe, adapter: str | None) -> dict[str, str]:
     """Digests of all that a run reads; a store refuses blocks that were solved from other inputs."""
-    files = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in (".safetensors", ".json", ".jinja", ".model")]
+    files = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in (".safetensors", *PASSED_ON)]
     hashes = {path.name: file_digest(path) for path in files if path.is_file()}
     hashes |= {f"calibration/{path.name}": file_digest(path) for path in recipes.load_mix(recipe.calibration.mix)}
     if adapter:
@@ -381,7 +382,8 @@ def _clear(out: Path) -> None:
     """Delete an earlier run of ours; anything else in the folder is left, and refused by the store."""
     if not out.exists():
         return
-    if not (out / SOLVED / "plan.json").exists() and any(out.iterdir()):
+    ours = (out / SOLVED / "plan.json").exists() or (out / "run.json").exists()
+    if not ours and any(out.iterdir()):
         raise StoreError(f"{out}: not a run of quantkit; --fresh deletes only those; give another --output")
     if foreign := [path.name for path in out.iterdir() if path.name not in OURS and not path.name.endswith(".part")]:
         raise StoreError(f"{out}: holds {foreign[0]!r}, which is not of a run; --fresh deletes nothing beside it; move it away")

@@ -5,12 +5,15 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Iterable, Mapping
+from typing import Any
 
 from quantkit import families
 from quantkit.errors import FamilyError, RecipeError
 from quantkit.families.family import SERVED_AS_ONE, Family, in_block, matches, outside_block, rename
 from quantkit.recipe import GROUPS, Override, Recipe, Weights
 from quantkit.types import BlockPlan, Entry, Fold, Json, Linear, Plan, Scheme, Source
+
+WEIGHTS = ("torch.bfloat16", "torch.float16", "torch.float32")  # by name: a plan is made without torch
 
 
 def make_plan(recipe: Recipe, config: Json, entries: Mapping[str, Entry], inputs: str = "") -> Plan:
@@ -61,7 +64,20 @@ def make_plan(recipe: Recipe, config: Json, entries: Mapping[str, Entry], inputs
             [recipe.model_dump(mode="json"), model_type, sorted((n, str(e.dtype), e.shape) for n, e in entries.items()), inputs]
         ).encode()
     ).hexdigest()
-    return Plan(family.name, model_type, family.norm_offset, plans, tuple(outside), dict(entries), family.ignore, digest)
+    return Plan(
+        family.name, model_type, family.norm_offset, _precision(entries), plans, tuple(outside), dict(entries), family.ignore, digest
+    )
+
+
+def _precision(entries: Mapping[str, Entry]) -> Any:
+    """The dtype of most of the weights."""
+    sizes: dict[Any, int] = {}
+    for entry in entries.values():
+        if str(entry.dtype) in WEIGHTS:
+            sizes[entry.dtype] = sizes.get(entry.dtype, 0) + entry.bytes
+    if not sizes:
+        raise FamilyError(f"the checkpoint holds no {', '.join(WEIGHTS)} tensor; quantkit starts from the original weights")
+    return max(sizes, key=lambda dtype: sizes[dtype])
 
 
 def _check_outside(family: Family, name: str) -> None:
@@ -102,6 +118,9 @@ def _plan_block(
             kept[local] = name
         else:
             _unknown(family, name, local, (*family.kept, *(f"{p}.weight" for p in family.linears), *family.fused))
+    for source, _, _ in found.values():
+        if str(entries[source.tensor].dtype) not in WEIGHTS:
+            raise FamilyError(f"{source.tensor}: holds {entries[source.tensor].dtype}; quantkit starts from bf16, fp16 or fp32 weights")
     wanted = {local: _wanted(recipe, index, local) for local in found}
     schemes, notes = _schemes(recipe, index, found, wanted)
     linears = tuple(
@@ -152,7 +171,9 @@ def _wanted(recipe: Recipe, index: int, local: str) -> tuple[Weights | None, str
 def _overridden(override: Override, recipe: Recipe) -> tuple[Weights | None, str]:
     if override.keep:
         return None, "kept by an override of the recipe"
-    return override.weights or recipe.weights, ""
+    # what an override leaves unsaid is the recipe's
+    said = override.weights.model_dump(exclude_unset=True) if override.weights else {}
+    return recipe.weights.model_copy(update=said), ""
 
 
 def _any_match(patterns: Iterable[str], local: str) -> bool:

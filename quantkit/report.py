@@ -5,6 +5,7 @@ import os
 import platform
 import re
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -23,7 +24,7 @@ class Event:
     """Where a run stands, for whoever draws its progress."""
 
     phase: str
-    block: int = 0
+    block: int | None = None  # None before the first
     blocks: int = 0
     tokens: int = 0  # of the calibration set
     seconds_left: float | None = None
@@ -48,10 +49,10 @@ class Clock:
     _block_seconds: list[float] = field(default_factory=list)
 
     @contextmanager
-    def phase(self, name: str, block: int = 0) -> Iterator[None]:
+    def phase(self, name: str, block: int | None = None) -> Iterator[None]:
         left = None
         if self._block_seconds:
-            left = sum(self._block_seconds) / len(self._block_seconds) * (self.blocks - block)
+            left = sum(self._block_seconds) / len(self._block_seconds) * (self.blocks - (block or 0))
         self.tell(Event(name, block, self.blocks, self.tokens, left, peak_memory()))
         began = time.perf_counter()
         try:
@@ -60,15 +61,17 @@ class Clock:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
 
     @contextmanager
-    def block(self) -> Iterator[None]:
+    def block(self, counts: bool) -> Iterator[None]:
+        """A block's time; one that an earlier run solved says nothing of those to come."""
         began = time.perf_counter()
         yield
-        self._block_seconds.append(time.perf_counter() - began)
+        if counts:
+            self._block_seconds.append(time.perf_counter() - began)
 
 
 def peak_memory() -> int:
     """The largest resident set of this process so far, bytes (mapped pages of the checkpoint included)."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def versions() -> Json:

@@ -97,6 +97,7 @@ class Plan:
     family: str
     model_type: str
     norm_offset: float  # a norm of this family multiplies by (offset + weight)
+    dtype: torch.dtype  # the checkpoint's precision, that of most of its weights: the model runs in it, scales are stored in it
     blocks: tuple[BlockPlan, ...]
     kept: tuple[str, ...]  # tensors outside the blocks, copied bit for bit
     entries: Mapping[str, Entry]  # every tensor of the checkpoint

@@ -434,7 +434,7 @@ def _renamed(table: dict[str, str], local: str) -> str:
 def test_fused_experts_are_the_same_linears(name, opened, checkpoints):
     """Published expert by expert or fused, as a plain state dict names them: the same matrices, rows and folds."""
     twin, config = opened(name), checkpoints(name).config
-    fused = make_plan(load_recipe("awq-w4"), config, {n: Entry(t.dtype, tuple(t.shape)) for n, t in twin.pristine.items()})
+    fused = make_plan(load_recipe("awq-w4"), config, {n: Entry(torch.bfloat16, tuple(t.shape)) for n, t in twin.pristine.items()})
     for block, plan, published in zip(twin.blocks, fused.blocks, twin.plan.blocks, strict=True):
         assert plan.folds == published.folds
         assert [(x.local, x.shape, x.scheme) for x in plan.linears] == [(x.local, x.shape, x.scheme) for x in published.linears]

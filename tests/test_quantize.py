@@ -15,9 +15,10 @@ from safetensors.torch import load_file
 
 import quantkit.hf
 from quantkit import pipeline
-from quantkit.errors import CheckpointError, WriteError
+from quantkit.errors import CheckpointError, FamilyError, WriteError
 from quantkit.recipe import load_recipe
 
+ROOT = Path(__file__).parents[1]
 SMALL = {
     "calibration": {"samples": 20, "sequence_length": 64},
     "score": {"samples": 4, "sequence_length": 64},
@@ -82,6 +83,8 @@ def assert_opens_exactly(folder: Path) -> torch.nn.Module:
         if ".experts." in short and f"{short}.weight" not in state:
             prefix, _, rest = short.partition(".experts.")
             expert, _, leaf = rest.partition(".")
+            if not expert.isdigit():  # a layer whose experts are kept, fused as they were
+                continue
             down = leaf == "down_proj"
             fused = state[f"{prefix}.experts.{'down_proj' if down else 'gate_up_proj'}"][int(expert)]
             width = len(fused) // 2
@@ -110,7 +113,10 @@ def test_every_family_opens_in_transformers(name, tmp_path):
     assert not (folder.parent / "compressed-tensors" / ".README.md.part").exists()
 
 
-@pytest.mark.parametrize("name", ["gemma4_moe", "gemma4_dense", "llama", "qwen2", "gemma3_vision"])
+OTHER_EXPERTS = ("qwen3_moe", "mixtral")  # whose experts transformers decodes itself
+
+
+@pytest.mark.parametrize("name", [name for name in tiny.FAMILIES if name not in OTHER_EXPERTS])
 def test_asymmetric_opens_exactly(name, tmp_path):
     _, result = run(tmp_path, name, "awq-w4-asym")
     folder = result.artefacts["compressed-tensors"]
@@ -288,3 +294,92 @@ def test_zero_points_in_a_mix_of_schemes_are_refused(tmp_path):
     overrides = [{"match": "self_attn.*", "weights": {"bits": 8}}]
     with pytest.raises(WriteError, match="one scheme"):
         run(tmp_path, "llama", "rtn-w4", weights={"bits": 4, "group": 32, "symmetric": False}, overrides=overrides)
+
+
+@pytest.mark.parametrize("name", OTHER_EXPERTS)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"weights": {"bits": 4, "group": 32, "symmetric": False}},
+        {"overrides": [{"match": "mlp.experts.*", "layers": [0], "weights": {"bits": 8}}]},
+        {"overrides": [{"match": "mlp.experts.*", "layers": [0], "keep": True}]},
+    ],
+    ids=["zero points", "two widths", "one layer kept"],
+)
+def test_experts_that_transformers_cannot_decode_are_refused(name, changes, tmp_path):
+    with pytest.raises(WriteError, match="one symmetric scheme for all experts"):
+        run(tmp_path, name, "rtn-w4", **changes)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("layout", ["per-expert", "fused"])
+@pytest.mark.parametrize("layer", [{"weights": {"bits": 8}}, {"weights": {"group": "row"}}, {"keep": True}], ids=["8 bits", "row", "kept"])
+def test_experts_of_gemma4_may_differ_by_layer(layer, layout, tmp_path):
+    overrides = [{"match": "experts.*", "layers": [0], **layer}]
+    _, result = run(tmp_path, "gemma4_moe", "rtn-w4", overrides=overrides, experts_layout=layout)
+    folder = result.artefacts["compressed-tensors"]
+    if layout == "per-expert":
+        assert_opens_exactly(folder)
+    else:
+        quantkit.hf.load_model(folder, dtype="auto")
+    snippet = "register_checkpoint_conversion_mapping" in (folder / "README.md").read_text()
+    assert snippet == (layout == "per-expert" and "keep" in layer)
+
+
+def test_an_override_leaves_the_rest_to_the_recipe(tmp_path):
+    source = tiny.build("llama", tmp_path / "model")
+    text = "description: x\nweights: {bits: 4, group: 64, symmetric: true}\noverrides: [{match: 'self_attn.*', weights: {bits: 8}}]\n"
+    (tmp_path / "mine.yaml").write_text(text)
+    plan, _ = pipeline.plan(str(source), str(tmp_path / "mine.yaml"))
+    attention = next(linear for linear in plan.linears() if linear.local == "self_attn.q_proj")
+    assert str(attention.scheme) == "w8 sym g64"
+
+
+def mixed_precision(tmp_path: Path, name: str, dtype: torch.dtype) -> Path:
+    from safetensors.torch import save_file
+
+    source = tiny.build("llama", tmp_path / "model")
+    tensors = load_file(source / "model.safetensors")
+    tensors = {n: t.to(dtype) if n.endswith(name) else t for n, t in tensors.items()}
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    return source
+
+
+def test_a_linear_of_another_precision(tmp_path):
+    source = mixed_precision(tmp_path, "o_proj.weight", torch.float32)
+    result = pipeline.quantize(str(source), recipe=recipe_file(tmp_path, "awq-w4"), output=tmp_path / "out")
+    assert_opens_exactly(result.artefacts["compressed-tensors"])
+
+
+def test_norms_of_another_precision_are_folded_as_the_model_reads_them(tmp_path):
+    """fp32 norms in a bf16 checkpoint: what is stored must survive the model's own rounding to bf16."""
+    source = mixed_precision(tmp_path, "layernorm.weight", torch.float32)
+    result = pipeline.quantize(str(source), recipe=recipe_file(tmp_path, "awq-w4"), output=tmp_path / "out")
+    before, after = read(source), read(result.artefacts["compressed-tensors"])
+    folded = [name for name in before if name.endswith("layernorm.weight") and not torch.equal(before[name], after[name])]
+    assert folded
+    for name in folded:
+        assert after[name].dtype == torch.float32
+        assert torch.equal(after[name], after[name].bfloat16().float()), name
+
+
+def test_integers_in_place_of_weights_are_refused(tmp_path):
+    source = mixed_precision(tmp_path, "o_proj.weight", torch.int8)
+    with pytest.raises(FamilyError, match=r"holds torch\.int8"):
+        pipeline.plan(str(source))
+
+
+def test_a_shard_that_was_cut_is_written_again(tmp_path):
+    source, result = run(tmp_path, "llama")
+    shard = result.artefacts["compressed-tensors"] / "model.safetensors"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-5000])
+    pipeline.quantize(str(source), recipe=recipe_file(tmp_path, "awq-w4"), output=tmp_path / "out")
+    assert shard.read_bytes() == whole
+
+
+def test_the_sizes_page_says_what_plan_says():
+    page = (ROOT / "docs" / "sizes.md").read_text()
+    for recipe in ("awq-w4", "awq-w4-asym", "awq-w4-g128", "awq-w8"):
+        _, sizes = pipeline.plan(str(ROOT / "docs" / "gemma-4-26b-a4b.json"), recipe)
+        assert f"{sizes['compressed-tensors']:,}" in page, recipe

@@ -1,6 +1,6 @@
 """What every linear of an open block is fed: counts, |x|, x^2 and x x^T over the calibration tokens, summed in fp32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from typing import Any
 
 import torch
@@ -29,13 +29,16 @@ class _Sums:
         return InputStats(self.tokens, self.abs, self.square, self.gram)
 
 
-def observe(stream: Stream, block: nn.Module, state: State, move: bool = False) -> dict[str, InputStats]:
+def observe(
+    stream: Stream, block: nn.Module, state: State, wanted: Container[str] | None = None, move: bool = False
+) -> dict[str, InputStats]:
     """Statistics of every linear and expert of the open block, by local name, padding left out.
 
     Linears that are given one tensor (q, k, v; gate, up) share one InputStats. An expert's gate and up have no Gram: one for each expert
     would be the size of the model; its down has. Experts that no token reached are there, with zero tokens.
 
     Args:
+        wanted: local names of the linears to watch; None is all of them. Experts are always watched.
         move: leave `state` behind the block, as `stream.advance` would; otherwise it stays.
     """
     sums: dict[str, _Sums] = {}
@@ -63,7 +66,7 @@ def observe(stream: Stream, block: nn.Module, state: State, move: bool = False) 
         return watch
 
     for local, module in block.named_modules():
-        if isinstance(module, nn.Linear):
+        if isinstance(module, nn.Linear) and (wanted is None or local in wanted):
             handles.append(module.register_forward_pre_hook(on_linear(local)))
         elif is_experts(module):
             module.watcher = on_expert(local)  # type: ignore[assignment]

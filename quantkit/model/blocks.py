@@ -1,6 +1,6 @@
 """Run a transformers 5 causal LM one decoder block at a time, straight from its safetensors shards. No family is named here.
 
-    skeleton = Skeleton(checkpoint)                 # the model on the meta device; embeddings, norm and head as mapped pages
+    skeleton = Skeleton(checkpoint, torch.bfloat16) # the model on the meta device; embeddings, norm and head as mapped pages
     stream = Stream(skeleton, batches)
     state = stream.start()                          # hidden states before block 0; state.fork() for a second stream
     for i in range(len(skeleton.blocks)):
@@ -90,6 +90,11 @@ def _line(problem: BaseException) -> str:
 def published_entries(config: Json, dtype: torch.dtype = torch.bfloat16) -> dict[str, Entry]:
     """Names and shapes that a checkpoint of this config has when transformers saves it: enough to plan without a single weight."""
     model = hollow_model(config, None, dtype)
+    if type(model).__name__ != config["architectures"][0]:
+        raise FamilyError(
+            f"config.json: {config['architectures'][0]} needs packages that are not installed (timm?), so a config alone does not tell its "
+            "towers; install them, or give the model's folder"
+        )
     tied = set(model.all_tied_weights_keys) if hasattr(model, "all_tied_weights_keys") else set()
     state = {name: t for name, t in model.state_dict().items() if name not in tied}
     return {name: Entry(t.dtype, tuple(t.shape)) for name, t in revert_weight_conversion(model, state).items()}

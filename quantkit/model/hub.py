@@ -12,6 +12,7 @@ from quantkit.types import Entry, Json
 
 # Weights as safetensors, and what lies beside them: never a pickle, never code.
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
+UNWANTED = ("*/*", "consolidated*")  # second copies of the weights that some repositories hold
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -23,15 +24,23 @@ def find_folder(model: str) -> Path:
     """
     if is_folder(model):
         return Path(model)
-    repo, _, revision = model.partition("@")
-    arguments: dict[str, Any] = {"repo_id": repo, "revision": revision or None, "allow_patterns": list(WANTED)}
     try:
-        return Path(huggingface_hub.snapshot_download(**arguments))
+        return Path(huggingface_hub.snapshot_download(**_arguments(model)))
     except Exception as problem:  # network, rights, names: the library raises a score of kinds
-        try:
-            return Path(huggingface_hub.snapshot_download(**arguments, local_files_only=True))
-        except Exception:
-            raise _unreachable(model, problem) from None
+        return _cached(model, problem)
+
+
+def _arguments(model: str) -> dict[str, Any]:
+    repo, _, revision = model.partition("@")
+    return {"repo_id": repo, "revision": revision or None, "allow_patterns": list(WANTED), "ignore_patterns": list(UNWANTED)}
+
+
+def _cached(model: str, problem: Exception) -> Path:
+    """The local cache's snapshot, where the Hub gave none because of `problem`."""
+    try:
+        return Path(huggingface_hub.snapshot_download(**_arguments(model), local_files_only=True))
+    except Exception:
+        raise _unreachable(model, problem) from None
 
 
 def is_folder(model: str) -> bool:
@@ -60,8 +69,8 @@ def remote_headers(model: str) -> tuple[Json, dict[str, Entry]]:
     try:
         metadata = huggingface_hub.get_safetensors_metadata(repo, revision=revision or None)
         config = huggingface_hub.hf_hub_download(repo, "config.json", revision=revision or None)
-    except Exception:
-        local = Checkpoint(find_folder(model))  # what is in the cache can be planned offline
+    except Exception as problem:
+        local = Checkpoint(_cached(model, problem))  # what is in the cache can be planned offline
         return local.config, local.entries
     tensors = {name: info for file in metadata.files_metadata.values() for name, info in file.tensors.items()}
     for name, info in tensors.items():

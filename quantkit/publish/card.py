@@ -14,6 +14,9 @@ def write_card(folder: Path, about: Json) -> None:
     )
     recipe = about["recipe"]
     weights = recipe["weights"]
+    rows = [row for block in about["blocks"] for row in block["linears"].items()]
+    schemes = {row["scheme"] for name, row in rows if "experts." in name}
+    environment.filters["size"] = _size
     text = environment.get_template("card.md.jinja").render(
         title=f"{about['model']} {recipe['name']}",
         base_model=about["base_model"],
@@ -25,9 +28,9 @@ def write_card(folder: Path, about: Json) -> None:
         recipe_description=recipe["description"],
         calibration=about["calibration"],
         heldout=about["heldout"],
-        serve_name=folder.name if about["base_model"] is None else f"{about['model']}-{recipe['name']}",
+        serve_name=f"{about['model']}-{recipe['name']}",
         needs_conversion=about["family"] == "gemma4" and any(block["experts"] for block in about["blocks"]),
-        symmetric=all(" sym " in row["scheme"] for block in about["blocks"] for row in block["linears"].values()),
+        snippet=len(schemes) == 1 and " sym " in schemes.pop(),
         fused=recipe["experts_layout"] == "fused",
         versions=about["versions"],
         seed=recipe["calibration"]["seed"],
@@ -35,3 +38,7 @@ def write_card(folder: Path, about: Json) -> None:
     temporary = folder / ".README.md.part"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(folder / "README.md")
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"

@@ -85,9 +85,25 @@ class CompressedTensors:
         if len(schemes) > 1 and not all(scheme.symmetric for scheme in schemes):
             raise WriteError(
                 f"{FORMAT} with zero points in a mix of schemes ({', '.join(sorted(map(str, schemes)))}): transformers 5.23 decodes "
-                "such a checkpoint by one scheme only and fails; use one scheme for all linears, or symmetric ones"
+                "such a checkpoint by one scheme only and fails; use one scheme for all linears (a group that fell back is another), or "
+                "symmetric ones"
             )
+        self._check_experts()
         self.shards = self._layout()
+
+    def _check_experts(self) -> None:
+        """Transformers itself decodes the experts of families other than Gemma 4: by one scheme, and without zero points."""
+        experts = [linear for linear in self.plan.linears() if "experts." in linear.local]
+        schemes = {linear.scheme for linear in experts}
+        if self.plan.family == "gemma4" or schemes == {None}:
+            return
+        zero_points = any(scheme and not scheme.symmetric for scheme in schemes)
+        if len(schemes) > 1 or zero_points:
+            what = "zero points in experts" if zero_points else "experts of several schemes"
+            raise WriteError(
+                f"{FORMAT} with {what} ({experts[0].name}): transformers 5.23 cannot decode that for {self.plan.model_type}; "
+                "use one symmetric scheme for all experts"
+            )
 
     @property
     def bytes(self) -> int:
@@ -101,7 +117,8 @@ class CompressedTensors:
         written = []
         for shard in self.shards:
             path = self.folder / shard.name
-            if not path.exists() and all(index in self._store for index in shard.blocks):
+            whole = path.exists() and path.stat().st_size == shard.bytes
+            if not whole and all(index in self._store for index in shard.blocks):
                 write_safetensors(path, shard.pieces, METADATA)
                 written.append(path)
         return written
@@ -168,11 +185,10 @@ class CompressedTensors:
         assert scheme is not None
         out, columns = linear.shape
         groups = columns // scheme.width(columns)
-        scale = _scale_dtype(self.plan.entries[linear.source.tensor].dtype)
         words, packed_rows = _words(columns, scheme), _words(out, scheme)
         read = self._stored
         yield Piece(f"{linear.name}.weight_packed", torch.int32, (out, words), read(block.index, linear.local, "packed"))
-        yield Piece(f"{linear.name}.weight_scale", scale, (out, groups), read(block.index, linear.local, "scale"))
+        yield Piece(f"{linear.name}.weight_scale", self.plan.dtype, (out, groups), read(block.index, linear.local, "scale"))
         yield Piece(f"{linear.name}.weight_shape", torch.int64, (2,), lambda: torch.tensor([out, columns]))
         if not scheme.symmetric:
             zero = read(block.index, linear.local, "zero")
@@ -186,14 +202,13 @@ class CompressedTensors:
         experts, out, columns = self.plan.entries[tensor].shape
         linears = sorted(linears, key=lambda linear: (linear.source.expert or 0, linear.source.rows or (0, 0)))
         groups = columns // scheme.width(columns)
-        scale = _scale_dtype(self.plan.entries[tensor].dtype)
 
         def stacked(part: str) -> Callable[[], Tensor]:
             reads = [self._stored(block.index, linear.local, part) for linear in linears]
             return lambda: torch.cat([read() for read in reads]).view(experts, out, -1)
 
         yield Piece(f"{tensor}_packed", torch.int32, (experts, out, _words(columns, scheme)), stacked("packed"))
-        yield Piece(f"{tensor}_scale", scale, (experts, out, groups), stacked("scale"))
+        yield Piece(f"{tensor}_scale", self.plan.dtype, (experts, out, groups), stacked("scale"))
         if not scheme.symmetric:
             packed = _then(stacked("zero"), lambda z: torch.stack([pack_rows(zero, scheme.bits) for zero in z]))
             yield Piece(f"{tensor}_zero_point", torch.int32, (experts, _words(out, scheme), groups), packed)
@@ -204,7 +219,9 @@ class CompressedTensors:
     def _maybe_folded(self, index: int, local: str, name: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
             store = self._solved
-            return store.read(index, f"folded/{local}") if local in store.folded(index) else _a_number(self._source.view(name), name)
+            if local in store.folded(index):
+                return store.read(index, f"folded/{local}").to(self.plan.entries[name].dtype)
+            return _a_number(self._source.view(name), name)
 
         return read
 
@@ -298,10 +315,6 @@ def _patterns(linears: list[tuple[int, Linear]], all_layers: dict[str, set[int]]
         which = r"\d+" if layers == all_layers[name] else f"({'|'.join(str(i) for i in sorted(layers))})"
         patterns.append(rf"re:.*layers\.{which}\." + re.escape(name).replace(r"\*", r"\d+") + "$")
     return patterns
-
-
-def _scale_dtype(weight: torch.dtype) -> torch.dtype:
-    return weight
 
 
 def _words(count: int, scheme: Scheme) -> int:
