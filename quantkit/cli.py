@@ -85,7 +85,7 @@ def quantize(
 def plan(model: str | None, recipe: str, adapter: str | None, as_json: bool) -> None:
     """Every tensor's fate and the exact bytes of the output, from headers alone.
 
-    MODEL is a folder, a Hub id, or a config.json alone (then nothing else of the model is needed).
+    MODEL is a folder, a Hub id (only headers are fetched; with --adapter the model is), or a config.json alone.
     """
     with _one_line_errors():
         _print_plan(model, recipe, adapter, as_json)
