@@ -372,7 +372,8 @@ def _input_hashes(checkpoint: TensorSource, recipe: Recipe, adapter: str | None)
     """Digests of all that a run reads; a store refuses blocks that were solved from other inputs."""
     files = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in (".safetensors", *PASSED_ON)]
     hashes = {path.name: file_digest(path) for path in files if path.is_file()}
-    hashes |= {f"calibration/{path.name}": file_digest(path) for path in recipes.load_mix(recipe.calibration.mix)}
+    if recipe.method != "rtn":
+        hashes |= {f"calibration/{path.name}": file_digest(path) for path in recipes.load_mix(recipe.calibration.mix)}
     if adapter:
         hashes |= {f"adapter/{p.name}": file_digest(p) for p in sorted(Path(adapter).iterdir()) if p.suffix in (".safetensors", ".json")}
     return hashes
