@@ -37,7 +37,7 @@ def main() -> None:
 @MODEL
 @RECIPE
 @click.option("--output", metavar="DIR", help="The run's folder; a killed run goes on there. [default: MODEL-RECIPE]")
-@click.option("--calibration", metavar="MIX", help="A calibration mix, or a .jsonl file of samples, in place of the recipe's.")
+@click.option("--calibration", metavar="MIX", help="A mix, or data: a .jsonl, .parquet or .txt file, a folder.")
 @ADAPTER
 @click.option("--threads", type=click.IntRange(1), help="Threads of the matrix library. One is best on cores that others use too.")
 @click.option("--fresh", is_flag=True, help="Delete what an earlier run left in the folder and start anew.")
@@ -125,8 +125,8 @@ def _print_plan(model: str | None, recipe: str, adapter: str | None, as_json: bo
 
 
 def _as_json(result: "Result") -> str:
-    """The run's report without its per-linear tables, and where everything lies."""
-    report = {key: value for key, value in result.report.items() if key != "blocks"}
+    """The run's report without its tables of linears and samples, and where everything lies."""
+    report = {key: value for key, value in result.report.items() if key not in ("blocks", "samples")}
     places = {name: str(folder) for name, folder in result.artefacts.items()}
     return json.dumps({"output": str(result.output), "artefacts": places, **report}, ensure_ascii=False)
 
@@ -152,11 +152,25 @@ def _describe(result: "Result") -> str:
         lines.append(f"experts: the least fed saw {total['fewest_expert_tokens']} tokens, {total['experts_without_tokens']} saw none")
     if 0 < tokens < FEW_TOKENS:
         lines.append(f"only {tokens} calibration tokens: statistics of so few are noise; give a larger set")
+    lines += _fed(about["calibration"])
     minutes, seconds = divmod(round(sum(about["seconds"].values())), 60)
     lines.append(f"{minutes} min {seconds:02d} s, peak memory {about['peak_memory'] / 2**30:.2f} GiB; report: {result.output / 'run.json'}")
     folder = next(iter(result.artefacts.values()))
     lines.append(f"serve: vllm serve {folder}")
     return "\n".join(lines)
+
+
+def _fed(calibration: dict[str, Any]) -> list[str]:
+    """What a person should know of the calibration set: a budget that could not be filled, what the chat template did not take."""
+    lines = []
+    if calibration["asked"] and calibration["limited_by"]:
+        short = f"{calibration['tokens']:,} of {calibration['asked']:,} tokens"
+        lines.append(f"calibration: {short}, for more of {calibration['limited_by']} the mix does not hold and the shares are kept")
+    for how, samples in calibration["fallbacks"].items():
+        lines.append(f"calibration: {len(samples)} of {calibration['rows']} samples: {how}")
+    if isinstance(calibration["thinking"], str):
+        lines.append(f"calibration: thinking is asked for, {calibration['thinking']}")
+    return lines
 
 
 @contextmanager

@@ -12,7 +12,7 @@ import ctypes
 import shutil
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +21,13 @@ from torch import Tensor, nn
 
 from quantkit import families, report
 from quantkit import recipe as recipes
+from quantkit.calibrate.batches import make_batches
+from quantkit.calibrate.draw import Drawn, Row, draw, make_row, manifest
+from quantkit.calibrate.draw import report as calibration_report
 from quantkit.calibrate.observe import observe
-from quantkit.calibrate.samples import choose, load_tokenizer, make_batches, read_samples
+from quantkit.calibrate.render import load_tokenizer
+from quantkit.calibrate.samples import choose
+from quantkit.calibrate.sources import read_samples
 from quantkit.errors import CalibrationError, CheckpointError, StoreError
 from quantkit.evaluate.divergence import Scores, compare
 from quantkit.grid.integer import from_codes
@@ -34,7 +39,7 @@ from quantkit.model.hub import find_folder, is_folder, remote_headers
 from quantkit.plan import make_plan, text_config
 from quantkit.publish.card import write_card
 from quantkit.publish.manifest import write_manifest
-from quantkit.recipe import Recipe
+from quantkit.recipe import Calibration, Recipe
 from quantkit.report import Clock, Listener, silent
 from quantkit.solve.block import solve_block
 from quantkit.store import Store
@@ -136,10 +141,13 @@ def quantize(
     with clock.phase("tokenizing"):
         tokenizer = load_tokenizer(checkpoint.folder)
         settings = chosen.calibration
+        drawn = Drawn([], iter(()), None, None)
         batches: list[Batch] = []
         if chosen.method != "rtn":  # plain rounding needs no data
-            samples = choose(read_samples(recipes.load_mix(settings.mix)), settings.samples, settings.seed)
-            batches = make_batches(samples, tokenizer, settings.sequence_length, settings.batch_tokens)
+            drawn = draw(recipes.load_mix(settings.mix), settings, tokenizer)
+            batches = _batches(drawn.rows, settings)
+        fed = calibration_report(drawn, tokenizer, settings.thinking)
+        plan = replace(plan, fingerprint=f"{plan.fingerprint} {fed['digest']}")  # solved blocks are those of these very tokens
         clock.tokens = sum(int(batch.real.sum()) for batch in batches)
         heldout = _heldout(chosen, tokenizer)
         _check_vocabulary([*batches, *heldout], checkpoint)
@@ -171,7 +179,7 @@ def quantize(
         "parameters": report.parameters(plan),
         "bytes": {FORMAT: writer.bytes},
         "bits_per_weight": round(writer.bytes * 8 / report.parameters(plan), 4),
-        "calibration": _calibration_report(batches),
+        "calibration": fed,
         "heldout": scores,
         "summary": report.summary(reports),
         "adapter": asdict(checkpoint.adapter) if isinstance(checkpoint, Adapted) else None,
@@ -180,6 +188,7 @@ def quantize(
         "threads": torch.get_num_threads(),
         "versions": report.versions(),
         "inputs": hashes,
+        "samples": manifest(drawn.rows),
         "blocks": reports,
     }
     write_card(folder, about)
@@ -338,19 +347,13 @@ def _heldout(recipe: Recipe, tokenizer: Any) -> list[Batch]:
     if recipe.score.samples == 0:
         return []
     samples = choose(read_samples(recipes.heldout_files()), recipe.score.samples, recipe.calibration.seed)
-    return make_batches(samples, tokenizer, recipe.score.sequence_length, recipe.calibration.batch_tokens)
+    rows = [make_row(sample, tokenizer, recipe.score.sequence_length, recipe.calibration.thinking) for sample in samples]
+    return make_batches(rows, recipe.calibration.batch_tokens)
 
 
-def _calibration_report(batches: Sequence[Batch]) -> Json:
-    counts: dict[str, dict[str, int]] = {}
-    total = 0
-    for batch in batches:
-        for row, labels in enumerate(batch.labels):
-            tokens = int(batch.real[row].sum())
-            table = counts.setdefault(labels["language"], {})
-            table[labels["domain"]] = table.get(labels["domain"], 0) + tokens
-            total += tokens
-    return {"tokens": total, "rows": sum(len(batch.labels) for batch in batches), "by_language_and_domain": dict(sorted(counts.items()))}
+def _batches(rows: Sequence[Row], settings: Calibration) -> list[Batch]:
+    fill_to = settings.sequence_length if settings.packing == "fixed" else None
+    return make_batches(rows, settings.batch_tokens, fill_to, settings.ignore_prompts)
 
 
 def _check_finite(state: State, what: str) -> None:
@@ -373,7 +376,7 @@ def _input_hashes(checkpoint: TensorSource, recipe: Recipe, adapter: str | None)
     files = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in (".safetensors", *PASSED_ON)]
     hashes = {path.name: file_digest(path) for path in files if path.is_file()}
     if recipe.method != "rtn":
-        hashes |= {f"calibration/{path.name}": file_digest(path) for path in recipes.load_mix(recipe.calibration.mix)}
+        hashes |= {f"calibration/{path.name}": file_digest(path) for path in recipes.load_mix(recipe.calibration.mix).files()}
     if adapter:
         hashes |= {f"adapter/{p.name}": file_digest(p) for p in sorted(Path(adapter).iterdir()) if p.suffix in (".safetensors", ".json")}
     return hashes

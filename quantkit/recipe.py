@@ -11,6 +11,8 @@ from quantkit.errors import CalibrationError, QuantkitError, RecipeError
 
 HERE = Path(__file__).parent
 GROUPS = (32, 64, 128)
+DATA_FILES = (".jsonl", ".parquet", ".txt")
+_DATA = " or ".join((", ".join(DATA_FILES[:-1]), DATA_FILES[-1]))
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -55,13 +57,25 @@ class Search(_Strict):
 
 
 class Calibration(_Strict):
-    """What is fed: a shipped mix by name or a .jsonl file, how much of it, and how long a row may be."""
+    """What is fed: a mix, how much of it, and how it is laid out."""
 
-    mix: str = "stem-agentic"
-    samples: Annotated[int, Field(ge=1)] | None = None  # None: all of the mix
+    mix: str = "stem-agentic"  # a shipped mix by name, a mix's YAML, or data: a .jsonl, .parquet or .txt file, a folder of them
+    tokens: Annotated[int, Field(ge=64)] | None = None  # of the whole set; None: the mix's own budget, or all that its quotas leave
+    samples: Annotated[int, Field(ge=1)] | None = None  # at most so many, in turn from every language and domain: for quick runs
     sequence_length: Annotated[int, Field(ge=16, le=131072)] = 1024
     batch_tokens: Annotated[int, Field(ge=16)] = 2048  # tokens of a batch, padding counted
+    packing: Literal["whole", "fixed"] = "whole"  # a sample a row, like lengths together; or rows filled to sequence_length
+    thinking: bool | None = None  # the chat template's own switch (enable_thinking), where it has one; None leaves it alone
+    ignore_prompts: bool = False  # statistics over the assistant's turns only; the rest is read, not counted
+    expert_tokens: Annotated[int, Field(ge=0)] = 0  # an expert with fewer gets more from the reserve, kept apart; 0: no reserve
+    reserve: Annotated[float, Field(gt=0, le=4)] = 0.5  # of the reserve at most: its share of the set's tokens
     seed: int = 0
+
+    @model_validator(mode="after")
+    def _one_measure(self) -> "Calibration":
+        if self.tokens is not None and self.samples is not None:
+            raise ValueError("give either tokens or samples")
+        return self
 
 
 class Score(_Strict):
@@ -88,17 +102,72 @@ class Recipe(_Strict):
     score: Score = Score()
 
 
-class MixSource(_Strict):
-    """One source of a mix: a folder of .jsonl files or one such file, beside the mix's YAML."""
+class Columns(_Strict):
+    """Names of a source's columns, where they are not the field's own. A row is a conversation, a text, or a prompt with its response."""
 
-    path: str
+    messages: str = "messages"  # a list of {"role", "content"}
+    conversations: str = "conversations"  # ShareGPT's: a list of {"from", "value"}
+    text: str = "text"
+    prompt: str = "prompt"
+    response: str = "response"
+    tools: str = "tools"  # a list of JSON schemas, or one as a JSON string
+    language: str = "language"
+    domain: str = "domain"
+    id: str = "id"
+
+
+Share = Annotated[float, Field(gt=0)]
+
+
+class MixSource(_Strict):
+    """Where samples come from: local data, or a data set of the Hub that is streamed."""
+
+    path: str | None = None  # beside the mix's YAML: a .jsonl, .parquet or .txt file, or a folder of them
+    hub: str | None = None  # a data set's id, owner/name
+    subset: str | None = None  # of the Hub's data set: its configuration
+    split: str = "train"
+    revision: str | None = None  # a commit, so that the same rows come next year
+    columns: Columns = Columns()
+    language: str | None = None  # of rows that do not say theirs
+    domain: str | None = None
+    join: bool = False  # rows are lines of one long text, as in WikiText
+    weight: Share = 1.0  # beside the other sources of a language and domain
+
+    @model_validator(mode="after")
+    def _one_place(self) -> "MixSource":
+        if (self.path is None) == (self.hub is None):
+            raise ValueError("a source has either a path or a hub id")
+        return self
+
+    @property
+    def name(self) -> str:
+        """What a report calls it: without folders, which are another machine's business."""
+        return Path(self.path).name if self.path is not None else f"{self.hub}{f'/{self.subset}' if self.subset else ''}:{self.split}"
+
+    def files(self) -> list[Path]:
+        """Its local files, in an order that no file system decides; none of a Hub source."""
+        place = Path(self.path) if self.path is not None else None
+        if place is None:
+            return []
+        found = [path for path in place.glob("*") if path.is_file()] if place.is_dir() else [place]
+        return sorted((path for path in found if path.suffix in DATA_FILES), key=lambda path: path.as_posix())
 
 
 class Mix(_Strict):
-    """A calibration mix: where samples come from."""
+    """A calibration mix: where samples come from, and how the tokens are divided.
+
+    A language's and a domain's shares are relative; a cell's (language, domain) is their product. What has no share is not drawn.
+    Without shares the sources' own distribution is left as it is.
+    """
 
     description: str
+    languages: dict[str, Share] = {}
+    domains: dict[str, Share] = {}
+    tokens: Annotated[int, Field(ge=64)] | None = None  # the budget where the recipe names none
     sources: Annotated[list[MixSource], Field(min_length=1)]
+
+    def files(self) -> list[Path]:
+        return [path for source in self.sources for path in source.files()]
 
 
 def shipped(kind: str) -> Path:
@@ -127,30 +196,39 @@ def load_recipe(name: str) -> Recipe:
     return _validated(Recipe, {"name": path.stem, **_mapping(path, RecipeError)}, path, RecipeError)
 
 
-def load_mix(name: str) -> list[Path]:
-    """The .jsonl files of a shipped mix, of a mix's YAML file, or a .jsonl file by path, sorted.
+def shipped_mixes() -> list[str]:
+    return sorted(path.stem for path in shipped("calibration").glob("*.yaml"))
+
+
+def load_mix(name: str) -> Mix:
+    """A shipped mix by name, a mix's YAML file, or data as it is: a .jsonl, .parquet or .txt file, or a folder of them.
+
+    Sources come back with paths that stand for themselves, wherever the YAML lies.
 
     Raises:
         CalibrationError: no such mix or file, or a source of it is not there.
     """
     path = Path(name)
-    if path.suffix == ".jsonl":
-        if not path.is_file():
-            raise CalibrationError(f"calibration {name!r}: no such file")
-        return [path]
-    shipped_mixes = sorted(p.stem for p in shipped("calibration").glob("*.yaml"))
-    if name in shipped_mixes:
+    if name in shipped_mixes():
         path = shipped("calibration") / f"{name}.yaml"
+    elif name and (path.is_dir() or path.suffix in DATA_FILES):
+        if not path.exists():
+            raise CalibrationError(f"calibration {name!r}: no such file")
+        mix = Mix(description=f"{name} as it is", sources=[MixSource(path=str(path))])
+        if not mix.files():
+            raise CalibrationError(f"calibration {name!r}: a folder without {_DATA} files, and no mix ({', '.join(shipped_mixes())})")
+        return mix
     elif path.suffix not in (".yaml", ".yml") or not path.is_file():
-        raise CalibrationError(f"calibration {name!r}: neither a mix ({', '.join(shipped_mixes)}) nor a .yaml or .jsonl file that exists")
-    files: list[Path] = []
-    for source in _validated(Mix, _mapping(path, CalibrationError), path, CalibrationError).sources:
-        place = path.parent / source.path
-        found = sorted(place.glob("*.jsonl")) if place.is_dir() else [place] if place.is_file() else []
-        if not found:
-            raise CalibrationError(f"{path}: the source {source.path!r} holds no .jsonl file")
-        files += found
-    return files
+        known = ", ".join(shipped_mixes())
+        raise CalibrationError(f"calibration {name!r}: neither a mix ({known}) nor a .yaml file, a {_DATA} file or a folder that exists")
+    mix = _validated(Mix, _mapping(path, CalibrationError), path, CalibrationError)
+    sources = []
+    for source in mix.sources:
+        found = source if source.path is None else source.model_copy(update={"path": str(path.parent / source.path)})
+        if source.path is not None and not all(file.is_file() for file in found.files() or [Path()]):
+            raise CalibrationError(f"{path}: the source {source.path!r} holds no {_DATA} file")
+        sources.append(found)
+    return mix.model_copy(update={"sources": sources})
 
 
 def heldout_files() -> list[Path]:

@@ -116,6 +116,12 @@ class Batch:
     ids: Int[Tensor, "rows tokens"]
     real: Bool[Tensor, "rows tokens"]
     labels: tuple[Mapping[str, str], ...] = ()  # a row's sample id, language and domain
+    prompt: Bool[Tensor, "rows tokens"] | None = None  # tokens that are read and not counted, where the recipe ignores prompts
+
+    @property
+    def counted(self) -> Bool[Tensor, "rows tokens"]:
+        """The tokens that statistics are taken over."""
+        return self.real if self.prompt is None else self.real & ~self.prompt
 
 
 @dataclass(frozen=True, slots=True)

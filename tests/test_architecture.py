@@ -36,6 +36,8 @@ ONLY = {  # every other library has its rooms
     "huggingface_hub": {"model"},
     "jinja2": {"publish"},
     "compressed_tensors": {"hf"},
+    "datasets": {"calibrate"},
+    "pyarrow": {"calibrate"},
 }
 NOT_EVEN = {  # of what all others may use
     "families": EVERYWHERE,  # tables are plain data

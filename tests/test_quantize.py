@@ -201,7 +201,11 @@ def test_the_snippet_on_the_card_is_right(tmp_path):
 
 def test_streamed_score_is_that_of_the_files(tmp_path):
     """The KL that the run reports, measured while streaming, against the published folder opened in transformers."""
-    from quantkit.calibrate.samples import choose, load_tokenizer, make_batches, read_samples
+    from quantkit.calibrate.batches import make_batches
+    from quantkit.calibrate.draw import make_row
+    from quantkit.calibrate.render import load_tokenizer
+    from quantkit.calibrate.samples import choose
+    from quantkit.calibrate.sources import read_samples
     from quantkit.evaluate.divergence import Scores, compare
     from quantkit.recipe import heldout_files
 
@@ -211,7 +215,7 @@ def test_streamed_score_is_that_of_the_files(tmp_path):
     assert next(ours.parameters()).dtype == torch.float32
     samples = choose(read_samples(heldout_files()), 4, 0)
     scores = Scores()
-    for batch in make_batches(samples, load_tokenizer(source), 64, 2048):
+    for batch in make_batches([make_row(one, load_tokenizer(source), 64) for one in samples], 2048):
         with torch.no_grad():
             p, q = base(input_ids=batch.ids).logits, ours(input_ids=batch.ids).logits
         for row, labels in enumerate(batch.labels):

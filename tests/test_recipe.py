@@ -207,26 +207,26 @@ def test_a_folder_or_nothing_is_no_recipe(tmp_path):
 
 
 def test_the_shipped_mix_has_ten_languages():
-    assert [path.stem for path in load_mix("stem-agentic")] == LANGUAGES
+    assert [path.stem for path in load_mix("stem-agentic").files()] == LANGUAGES
     assert [path.stem for path in heldout_files()] == LANGUAGES
     assert {path.parent.name for path in heldout_files()} == {"heldout"}
 
 
 def test_a_mix_of_folders_and_files(write, tmp_path):
     (tmp_path / "a").mkdir()
-    for name in ("a/two.jsonl", "a/one.jsonl", "a/readme.txt", "three.jsonl"):
+    for name in ("a/two.jsonl", "a/one.jsonl", "a/readme.md", "three.jsonl"):
         (tmp_path / name).write_text("{}\n")
     path = write("description: x\nsources: [{path: a}, {path: three.jsonl}]", "mix.yaml")
-    assert load_mix(path) == [tmp_path / name for name in ("a/one.jsonl", "a/two.jsonl", "three.jsonl")]
-    assert load_mix(str(tmp_path / "three.jsonl")) == [tmp_path / "three.jsonl"]
+    assert load_mix(path).files() == [tmp_path / name for name in ("a/one.jsonl", "a/two.jsonl", "three.jsonl")]
+    assert load_mix(str(tmp_path / "three.jsonl")).files() == [tmp_path / "three.jsonl"]
 
 
 @pytest.mark.parametrize(
     "text, words",
     [
         ("description: x\nsources: []", "sources"),
-        ("description: x\nsources: [{path: nowhere}]", "'nowhere' holds no .jsonl file"),
-        ("description: x\nsources: [{path: .}]", "'.' holds no .jsonl file"),
+        ("description: x\nsources: [{path: nowhere}]", "'nowhere' holds no .jsonl, .parquet or .txt file"),
+        ("description: x\nsources: [{path: .}]", "'.' holds no .jsonl, .parquet or .txt file"),
         ("description: x\nsources: [{pth: a}]", "unknown key 'sources.0.pth'; did you mean 'path'?"),
         ("description: x", "sources"),
         ("[1]", "a mapping of keys is expected"),

@@ -11,13 +11,26 @@ import pytest
 import tiny
 import transformers
 
-from quantkit.calibrate.samples import Sample, choose, load_tokenizer, make_batches, read_samples, tokenize
+from quantkit.calibrate.batches import make_batches
+from quantkit.calibrate.draw import make_row
+from quantkit.calibrate.render import load_tokenizer
+from quantkit.calibrate.samples import Sample, choose
+from quantkit.calibrate.sources import read_samples
 from quantkit.errors import CalibrationError
 from quantkit.recipe import heldout_files, load_mix
 
 LANGUAGES = {"ar", "en", "es", "fr", "hi", "ja", "ko", "nl", "ru", "zh"}
 DOMAINS = {"stem", "agentic"}
 BOS = tiny.IDS["<bos>"]
+
+
+def tokenize(sample: Sample, tokenizer: Any, length: int) -> list[int]:
+    return make_row(sample, tokenizer, length).ids
+
+
+def batches_of(samples: list[Sample], tokenizer: Any, length: int, batch_tokens: int) -> list[Any]:
+    return make_batches([make_row(one, tokenizer, length) for one in samples], batch_tokens)
+
 
 TOOL = {"type": "function", "function": {"name": "add", "description": "Adds numbers.", "parameters": {"type": "object"}}}
 CALL = {"type": "function", "id": "c1", "function": {"name": "add", "arguments": {"a": 1, "b": 2}}}
@@ -90,7 +103,7 @@ def test_lines_become_samples(tmp_path):
     first, second, third = read_samples([path])
     assert first == Sample("x", "nl", "stem", ({"role": "user", "content": "hi"},), (TOOL,))
     assert first.labels == {"id": "x", "language": "nl", "domain": "stem"}
-    assert second == Sample(f"{path}:4", "unknown", "unknown", (), text="plain")
+    assert second == Sample("a.jsonl:4", "unknown", "unknown", (), text="plain")
     assert third.text == "also plain"
 
 
@@ -117,7 +130,7 @@ def test_carriage_returns_are_no_part_of_a_sample(tmp_path):
         ('{"text": "  "}', "messages (a list) or text"),
         ('{"text": 5}', "messages (a list) or text"),
         ('{"messages": "hi"}', "messages (a list) or text"),
-        ('{"messages": [{"role": "user", "content": "a"}], "tools": "add"}', "messages (a list) or text"),
+        ('{"messages": [{"role": "user", "content": "a"}], "tools": "add"}', "tools is a list of JSON schemas"),
         ('{"messages": [{"role": "user", "content": "a"}], "tools": [3]}', "tools"),
         ('{"messages": [{"role": "user", "content": 5}]}', "content"),
         ('{"messages": [{"role": "assistant", "content": "a", "tool_calls": 5}]}', "tool_calls"),
@@ -260,7 +273,7 @@ def test_a_folder_without_a_tokenizer(tmp_path):
 def test_batches_hold_every_row_once_and_stay_in_the_budget(tokenizer):
     chat = tokenizer(TAKES_ALL)
     samples = [sample(n, text="word " * (2 + 7 * n % 11)) for n in range(40)] + [sample(99, text="word " * 300)]
-    batches = make_batches(samples, chat, length=256, batch_tokens=200)
+    batches = batches_of(samples, chat, length=256, batch_tokens=200)
     seen: dict[str, list[int]] = {}
     for batch in batches:
         rows, width = batch.ids.shape
@@ -282,7 +295,7 @@ def test_batches_hold_every_row_once_and_stay_in_the_budget(tokenizer):
 
 
 def test_a_row_longer_than_the_budget_stands_alone(tokenizer):
-    batches = make_batches([sample(n, text="word " * 100) for n in range(3)], tokenizer(None), length=1000, batch_tokens=16)
+    batches = batches_of([sample(n, text="word " * 100) for n in range(3)], tokenizer(None), length=1000, batch_tokens=16)
     assert [len(batch.labels) for batch in batches] == [1, 1, 1]
 
 
@@ -290,8 +303,8 @@ def test_a_set_without_two_tokens_in_a_row_is_refused(tokenizer):
     plain = tokenizer(None, bos=False)
     for samples in ([], [sample(text="a")]):
         with pytest.raises(CalibrationError, match="no sample is longer than one token"):
-            make_batches(samples, plain, 64, 64)
-    assert len(make_batches([sample(text="a"), sample(1, text="a b c")], plain, 64, 64)) == 1, "a row of one token teaches nothing"
+            batches_of(samples, plain, 64, 64)
+    assert len(batches_of([sample(text="a"), sample(1, text="a b c")], plain, 64, 64)) == 1, "a row of one token teaches nothing"
 
 
 # --- The set that we ship ---------------------------------------------------------------------------------------------------------
@@ -303,7 +316,7 @@ def lines(files: list[Path]) -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def calibration() -> list[dict[str, Any]]:
-    return lines(load_mix("stem-agentic"))
+    return lines(load_mix("stem-agentic").files())
 
 
 @pytest.fixture(scope="module")
@@ -318,7 +331,7 @@ def test_the_shipped_set_is_even(calibration, heldout):
         assert sum(counts[language, domain] for domain in DOMAINS) >= 4
     assert {(one["language"], one["domain"]) for one in heldout} == set(counts)
     assert max(Counter(one["id"] for one in [*calibration, *heldout]).values()) == 1, "an id stands twice"
-    for files in (load_mix("stem-agentic"), heldout_files()):
+    for files in (load_mix("stem-agentic").files(), heldout_files()):
         for file in files:
             assert {one["language"] for one in lines([file])} == {file.stem}
 
@@ -404,7 +417,7 @@ def test_nothing_that_is_scored_was_calibrated_on(calibration, heldout):
 def test_every_shipped_sample_can_be_fed_to_any_model(template, tokenizer):
     transformers.logging.set_verbosity_error()  # rows longer than the model are cut, not warned of
     fed = tokenizer(template)
-    for one in read_samples([*load_mix("stem-agentic"), *heldout_files()]):
+    for one in read_samples([*load_mix("stem-agentic").files(), *heldout_files()]):
         ids = tokenize(one, fed, 128)
         assert ids[0] == BOS
         assert ids.count(BOS) == 1

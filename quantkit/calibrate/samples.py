@@ -1,22 +1,26 @@
-"""Conversations in, token batches out: read, chosen evenly over languages and domains, rendered by the model's own chat template."""
+"""One sample: a conversation as apply_chat_template takes it, or plain text. Rows of many shapes become it, or are refused by name."""
 
+import hashlib
 import json
-import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
+from itertools import islice
 from typing import Any
 
-import torch
-import transformers
-
 from quantkit.errors import CalibrationError
-from quantkit.types import Batch, Json
+from quantkit.recipe import Columns
+from quantkit.types import Json
 
 ROLES = ("system", "user", "assistant", "tool")
+UNLABELLED = "unknown"
+SHUFFLED = 4096  # samples that are put into the seed's order at a time: a source may be larger than memory
+_ALIASES = {  # of ShareGPT and its kin
+    "human": "user", "prompter": "user", "gpt": "assistant", "model": "assistant", "bot": "assistant", "chatgpt": "assistant",
+    "developer": "system", "function": "tool", "observation": "tool", "function_response": "tool", "tool_response": "tool",
+    "ipython": "tool", "function_call": "assistant", "tool_call": "assistant",
+}  # fmt: skip
 _LONE_SURROGATE = re.compile("[\ud800-\udfff]")
-UNLABELLED = {"id": "", "language": "unknown", "domain": "unknown"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,156 +38,117 @@ class Sample:
     def labels(self) -> dict[str, str]:
         return {"id": self.id, "language": self.language, "domain": self.domain}
 
+    @property
+    def digest(self) -> str:
+        """SHA-256 of what it says, whatever it is called and wherever it stood."""
+        said = json.dumps([self.messages, self.tools, self.text], ensure_ascii=False, sort_keys=True)
+        return hashlib.sha256(said.encode()).hexdigest()
 
-def read_samples(files: Iterable[Path]) -> list[Sample]:
-    """Every sample of some .jsonl files: a line is {"messages": [...], "tools": [...]} or {"text": "..."}, labelled where it can be.
+
+def parse(row: Any, where: str, columns: Columns | None = None, language: str | None = None, domain: str | None = None) -> Sample:
+    """A row of a source as a sample.
+
+    Args:
+        row: {"messages": [...], "tools": [...]}, {"conversations": [{"from", "value"}]}, {"text": "..."} or {"prompt", "response"}.
+        where: names the row in errors; without its folders it is the id of a row that has none.
+        columns: the row's own names of these.
+        language, domain: of a row that does not say.
 
     Raises:
-        CalibrationError: a file that cannot be read, a line that is no sample (file and line are named), or no sample at all.
+        CalibrationError: a row that is none of these.
     """
-    samples: list[Sample] = []
-    files = list(files)
-    for path in files:
-        try:
-            lines = path.read_text(encoding="utf-8").split("\n")  # a line ends there only: text may hold other separators
-        except (OSError, UnicodeDecodeError) as problem:
-            raise CalibrationError(f"{path}: cannot be read ({problem})") from None
-        for number, line in enumerate(lines, 1):
-            if line.strip():
-                samples.append(_parse(line, f"{path}:{number}"))
-    if not samples:
-        names = ", ".join(str(path) for path in files) or "no file"
-        raise CalibrationError(f"the calibration set is empty ({names}); give a .jsonl file with a sample a line")
-    return samples
-
-
-def _parse(line: str, where: str) -> Sample:
-    try:
-        value = json.loads(line)
-    except (ValueError, RecursionError):
-        raise CalibrationError(f"{where}: not a JSON line") from None
-    if not isinstance(value, dict):
+    columns = columns or Columns()
+    if not isinstance(row, Mapping):
         raise CalibrationError(f"{where}: a sample is an object with messages or text")
-    if _LONE_SURROGATE.search(json.dumps(value, ensure_ascii=False)):
+    if _LONE_SURROGATE.search(json.dumps(row, ensure_ascii=False, default=str)):
         raise CalibrationError(f"{where}: holds half of a surrogate pair, which is no text")
-    name, language, domain = (str(value.get(key) or default) for key, default in UNLABELLED.items())
-    name = where if name == UNLABELLED["id"] else name
-    text, messages, tools = value.get("text"), value.get("messages"), value.get("tools") or []
+    labels = (
+        str(row.get(columns.id) or where.rpartition("/")[2]),
+        str(row.get(columns.language) or language or UNLABELLED),
+        str(row.get(columns.domain) or domain or UNLABELLED),
+    )
+    messages, text = row.get(columns.messages), row.get(columns.text)
+    if not messages and isinstance(row.get(columns.conversations), list):
+        messages = [_sharegpt(turn) for turn in row[columns.conversations]]
     if isinstance(text, str) and text.strip() and not messages:
-        return Sample(name, language, domain, messages=(), text=text)
-    if not isinstance(messages, list) or not messages or not isinstance(tools, list):
-        raise CalibrationError(f"{where}: a sample needs messages (a list) or text")
-    if not all(isinstance(tool, dict) for tool in tools):
+        return Sample(*labels, messages=(), text=text)
+    prompt, response = row.get(columns.prompt), row.get(columns.response)
+    if not messages and isinstance(prompt, str) and isinstance(response, str) and prompt.strip():
+        messages = [{"role": "user", "content": prompt}, {"role": "assistant", "content": response}]
+    tools = _tools(row.get(columns.tools), where)
+    if not isinstance(messages, list) or not messages:
+        names = f"{columns.messages} (a list), {columns.conversations}, {columns.text}, or {columns.prompt} and {columns.response}"
+        raise CalibrationError(f"{where}: a sample needs messages (a list) or text; looked for {names}")
+    return Sample(*labels, messages=tuple(_message(message, where) for message in messages), tools=tools)
+
+
+def _sharegpt(turn: Any) -> Any:
+    if not isinstance(turn, Mapping):
+        return turn
+    return {"role": turn.get("from", turn.get("role")), "content": turn.get("value", turn.get("content"))}
+
+
+def _message(message: Any, where: str) -> Json:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    role = _ALIASES.get(str(role), role)
+    if role not in ROLES:
+        raise CalibrationError(f"{where}: every message is an object with a role of {', '.join(ROLES)}")
+    if not isinstance(message.get("content") or "", (str, list)):
+        raise CalibrationError(f"{where}: a message's content is text, or a list of parts")
+    calls = message.get("tool_calls") or []
+    if not isinstance(calls, list) or not all(isinstance(call, Mapping) for call in calls):
+        raise CalibrationError(f"{where}: tool_calls is a list of objects")
+    kept = {key: value for key, value in message.items() if value is not None}  # tables fill what a row lacks with nulls
+    kept |= {"role": role, "content": message.get("content") or ""}
+    if calls:
+        kept["tool_calls"] = [_call(call) for call in calls]
+    else:
+        kept.pop("tool_calls", None)
+    return kept
+
+
+def _call(call: Mapping[str, Any]) -> Json:
+    """A call whose arguments are an object; APIs send them as a JSON string, templates want them whole."""
+    function = dict(call["function"]) if isinstance(call.get("function"), Mapping) else dict(call)
+    arguments = function.get("arguments")
+    if isinstance(arguments, str):
+        try:
+            parsed = json.loads(arguments)
+        except (ValueError, RecursionError):
+            parsed = None
+        if isinstance(parsed, dict):
+            function["arguments"] = parsed
+    return {"type": "function", **({"id": call["id"]} if call.get("id") else {}), "function": function}
+
+
+def _tools(value: Any, where: str) -> tuple[Json, ...]:
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            raise CalibrationError(f"{where}: tools is a list of JSON schemas, or one as a JSON string") from None
+    value = value or []
+    if not isinstance(value, list) or not all(isinstance(tool, Mapping) for tool in value):
         raise CalibrationError(f"{where}: tools is a list of JSON schemas")
-    for message in messages:
-        if not isinstance(message, dict) or message.get("role") not in ROLES:
-            raise CalibrationError(f"{where}: every message is an object with a role of {', '.join(ROLES)}")
-        if not isinstance(message.get("content") or "", (str, list)):
-            raise CalibrationError(f"{where}: a message's content is text, or a list of parts")
-        calls = message.get("tool_calls") or []
-        if not isinstance(calls, list) or not all(isinstance(call, dict) for call in calls):
-            raise CalibrationError(f"{where}: tool_calls is a list of objects")
-    return Sample(name, language, domain, messages=tuple(messages), tools=tuple(tools))
+    return tuple(dict(tool) if "function" in tool else {"type": "function", "function": dict(tool)} for tool in value)
 
 
-def choose(samples: Sequence[Sample], count: int | None, seed: int) -> list[Sample]:
-    """`count` samples (None: all), taken in turn from every (language, domain), each shuffled by the seed. The order is the run's."""
+def in_seeds_order(samples: Iterable[Sample], seed: int) -> Iterator[Sample]:
+    """Samples in an order that only their text and the seed decide, some thousands at a time: no generator, file order or locale."""
+
+    def place(sample: Sample) -> bytes:
+        return hashlib.sha256(f"{seed} {sample.digest}".encode()).digest()
+
+    stream = iter(samples)
+    while some := list(islice(stream, SHUFFLED)):
+        yield from sorted(some, key=place)
+
+
+def choose(samples: Iterable[Sample], count: int | None, seed: int) -> list[Sample]:
+    """`count` samples (None: all), taken in turn from every (language, domain), each in the seed's order. The order is the run's."""
     strata: dict[tuple[str, str], list[Sample]] = {}
-    for sample in samples:
+    for sample in in_seeds_order(samples, seed):
         strata.setdefault((sample.language, sample.domain), []).append(sample)
-    shuffler = random.Random(seed)
-    for key in sorted(strata):
-        shuffler.shuffle(strata[key])
     queues = [strata[key] for key in sorted(strata)]
     chosen = [queue[turn] for turn in range(max(map(len, queues), default=0)) for queue in queues if turn < len(queue)]
     return chosen if count is None else chosen[:count]
-
-
-def load_tokenizer(folder: Path) -> Any:
-    """The model's own tokenizer.
-
-    Raises:
-        CalibrationError: the folder holds none, or one that needs code of its own.
-    """
-    try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    except Exception as problem:  # tokenizer files fail in as many ways as there are kinds
-        message = " ".join(str(problem).split())[:160]
-        raise CalibrationError(
-            f"{folder}: its tokenizer cannot be opened ({message}); the folder needs the model's tokenizer files"
-        ) from None
-
-
-def tokenize(sample: Sample, tokenizer: Any, length: int) -> list[int]:
-    """Token ids of one sample, at most `length`, as the model meets them when it is served: its chat template, BOS as the template sets it.
-
-    Templates that take no tools, no system or no tool role (Gemma 3's) get the conversation with those parts written into the turns
-    that they do take; models without a template get plain text.
-    """
-    if sample.text or not getattr(tokenizer, "chat_template", None):
-        text = sample.text or "\n\n".join(_as_text(message) for message in sample.messages)
-        return list(tokenizer(text, truncation=True, max_length=length)["input_ids"])
-    messages = [dict(message) for message in sample.messages]
-    try:
-        ids = _render(tokenizer, messages, list(sample.tools))
-    except Exception:  # a template refuses by raising whatever it likes
-        try:
-            ids = _render(tokenizer, _plain_turns(sample), [])
-        except Exception as problem:
-            message = " ".join(str(problem).split())[:160]
-            raise CalibrationError(f"{sample.id}: the model's chat template refuses this sample ({message})") from None
-    return ids[:length]
-
-
-def _render(tokenizer: Any, messages: list[Json], tools: list[Json]) -> list[int]:
-    encoded = tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=True, return_dict=True)
-    return list(encoded["input_ids"])
-
-
-def _as_text(message: Json) -> str:
-    content = message.get("content") or ""
-    parts = [message.get("reasoning_content") or ""]
-    parts += [content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)]
-    parts += [json.dumps(call.get("function", call), ensure_ascii=False) for call in message.get("tool_calls") or []]
-    return "\n".join(part for part in parts if part)
-
-
-def _plain_turns(sample: Sample) -> list[Json]:
-    """user and assistant turns only, alternating, with tools, system text and results inside the user's."""
-    head = [json.dumps(tool, ensure_ascii=False) for tool in sample.tools]
-    turns: list[Json] = []
-    for message in sample.messages:
-        role = "assistant" if message["role"] == "assistant" else "user"
-        text = _as_text(message)
-        if not turns and role == "assistant":
-            turns.append({"role": "user", "content": "\n".join(head) or "…"})
-        if turns and turns[-1]["role"] == role:
-            turns[-1]["content"] += "\n\n" + text
-        else:
-            turns.append({"role": role, "content": "\n".join([*head, text]) if not turns else text})
-    return turns
-
-
-def make_batches(samples: Sequence[Sample], tokenizer: Any, length: int, batch_tokens: int) -> list[Batch]:
-    """Rows of about one length together, padded on the right, at most `batch_tokens` tokens each (a longer row stands alone).
-
-    Raises:
-        CalibrationError: no sample leaves two tokens.
-    """
-    rows = [(tokenize(sample, tokenizer, length), sample.labels) for sample in samples]
-    rows = sorted((row for row in rows if len(row[0]) > 1), key=lambda row: -len(row[0]))
-    if not rows:
-        raise CalibrationError("the calibration set is empty: no sample is longer than one token")
-    batches: list[Batch] = []
-    start = 0
-    while start < len(rows):
-        width = len(rows[start][0])
-        group = rows[start : start + max(1, batch_tokens // width)]
-        ids = torch.zeros(len(group), width, dtype=torch.long)
-        real = torch.zeros(len(group), width, dtype=torch.bool)
-        for row, (tokens, _) in enumerate(group):
-            ids[row, : len(tokens)] = torch.tensor(tokens)
-            real[row, : len(tokens)] = True
-        batches.append(Batch(ids, real, tuple(labels for _, labels in group)))
-        start += len(group)
-    return batches
