@@ -14,3 +14,10 @@ def quantize(model: str | None = None, **options: Any) -> Any:
     from quantkit import pipeline
 
     return pipeline.quantize(model, **options)
+
+
+def calibrate(model: str | None = None, **options: Any) -> Any:
+    """See `quantkit.pipeline.calibrate`; imported when called."""
+    from quantkit import pipeline
+
+    return pipeline.calibrate(model, **options)

@@ -92,6 +92,58 @@ def plan(model: str | None, recipe: str, adapter: str | None, as_json: bool) -> 
 
 
 @main.command()
+@MODEL
+@click.option("--output", required=True, metavar="FILE", help="The file of statistics, .safetensors (docs/statistics.md).")
+@click.option("--imatrix", metavar="FILE", help="Write them as an importance matrix for llama-quantize too, .gguf.")
+@click.option("--from", "imported", metavar="FILE", help="Turn an importance matrix of llama.cpp into statistics; nothing is run.")
+@click.option("--grams", is_flag=True, help="Keep x x^T of every linear, several times the model's size.")
+@RECIPE
+@click.option("--calibration", metavar="MIX", help="A mix, or data: a .jsonl, .parquet or .txt file, a folder.")
+@ADAPTER
+@click.option("--threads", type=click.IntRange(1), help="Threads of the matrix library. One is best on cores that others use too.")
+@JSON
+def calibrate(
+    model: str | None,
+    output: str,
+    imatrix: str | None,
+    imported: str | None,
+    grams: bool,
+    recipe: str,
+    calibration: str | None,
+    adapter: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Statistics of MODEL alone: what its linears are fed, and which experts the calibration set reaches."""
+    with _one_line_errors():
+        from quantkit import pipeline
+
+        _quiet()
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        with _progress() as tell:
+            about = pipeline.calibrate(
+                model,
+                output=output,
+                imatrix=imatrix,
+                imported=imported,
+                grams=grams,
+                recipe=recipe,
+                calibration=calibration,
+                adapter=adapter,
+                tell=tell,
+            )
+        if as_json:
+            click.echo(json.dumps({"output": output, "imatrix": imatrix, **about}, ensure_ascii=False))
+            return
+        from quantkit.report import calibration_lines
+
+        click.echo("\n".join([*calibration_lines(about), *_fed(about.get("calibration")), *filter(None, (output, imatrix))]))
+
+
+@main.command()
 def recipes() -> None:
     """The recipes that are shipped."""
     from quantkit.recipe import load_recipe, shipped_recipes
@@ -160,9 +212,11 @@ def _describe(result: "Result") -> str:
     return "\n".join(lines)
 
 
-def _fed(calibration: dict[str, Any]) -> list[str]:
+def _fed(calibration: dict[str, Any] | None) -> list[str]:
     """What a person should know of the calibration set: a budget that could not be filled, what the chat template did not take."""
-    lines = []
+    lines: list[str] = []
+    if calibration is None:
+        return lines
     if calibration["asked"] and calibration["limited_by"]:
         short = f"{calibration['tokens']:,} of {calibration['asked']:,} tokens"
         lines.append(f"calibration: {short}, for more of {calibration['limited_by']} the mix does not hold and the shares are kept")

@@ -21,14 +21,17 @@ from torch import Tensor, nn
 
 from quantkit import families, report
 from quantkit import recipe as recipes
-from quantkit.calibrate.batches import make_batches
+from quantkit.calibrate.batches import make_batches, reserve_batches
+from quantkit.calibrate.collect import Reserve, collect
+from quantkit.calibrate.coverage import cells_of, coverage_report
 from quantkit.calibrate.draw import Drawn, Row, draw, make_row, manifest
 from quantkit.calibrate.draw import report as calibration_report
 from quantkit.calibrate.observe import observe
 from quantkit.calibrate.render import load_tokenizer
 from quantkit.calibrate.samples import choose
 from quantkit.calibrate.sources import read_samples
-from quantkit.errors import CalibrationError, CheckpointError, StoreError
+from quantkit.calibrate.statistics import save_statistics
+from quantkit.errors import CalibrationError, CheckpointError, StoreError, WriteError
 from quantkit.evaluate.divergence import Scores, compare
 from quantkit.grid.integer import from_codes
 from quantkit.model.adapter import Adapted
@@ -43,7 +46,7 @@ from quantkit.recipe import Calibration, Recipe
 from quantkit.report import Clock, Listener, silent
 from quantkit.solve.block import solve_block
 from quantkit.store import Store
-from quantkit.types import Batch, BlockPlan, Effort, InputStats, Json, Plan, SolvedBlock
+from quantkit.types import Batch, BlockPlan, Effort, InputStats, Json, Plan, SolvedBlock, Statistics
 from quantkit.write.compressed_tensors import FORMAT, PASSED_ON, CompressedTensors
 
 SOLVED = "solved"
@@ -195,6 +198,92 @@ def quantize(
     write_manifest(folder, about)
     report.write_json(out / "run.json", about)
     return Result(out, {FORMAT: folder}, {FORMAT: writer.bytes}, about)
+
+
+def calibrate(
+    model: str | None = None,
+    *,
+    output: str | Path,
+    recipe: str = "awq-w4",
+    calibration: str | None = None,
+    adapter: str | None = None,
+    imatrix: str | Path | None = None,
+    imported: str | Path | None = None,
+    grams: bool = False,
+    tell: Listener = silent,
+) -> Json:
+    """Statistics alone: what every linear of the original model is fed, and which experts the calibration set reaches.
+
+    Args:
+        model, recipe, calibration, adapter, tell: as for `quantize`; of the recipe only `calibration` counts.
+        output: the file of statistics (docs/statistics.md).
+        imatrix: write them as an importance matrix for `llama-quantize` too.
+        imported: an importance matrix of llama.cpp; it becomes the statistics, and nothing is run.
+        grams: keep x x^T of every linear that has one, several times the model's size.
+
+    Returns:
+        What was fed and how experts were covered; it stands in the file too.
+
+    Raises:
+        QuantkitError: as for `quantize`.
+    """
+    chosen = load_recipe(recipe, calibration)
+    checkpoint = open_checkpoint(model, adapter)
+    settings, clock = chosen.calibration, Clock(tell)
+    for path in (output, imatrix):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise CalibrationError(f"{path}: there is no such folder to write to")
+    plan = make_plan(chosen, checkpoint.config, checkpoint.entries)
+    clock.blocks = len(plan.blocks)
+    about: Json = {"model": _name(model), "versions": report.versions()}
+    if imported is not None:
+        widths = [{linear.local: linear.shape[1] for linear in block.linears} for block in plan.blocks]
+        statistics = _imatrix().read_imatrix(Path(imported), plan.family, widths)
+        statistics = replace(statistics, about={**about, **statistics.about})
+    else:
+        statistics = _collected(plan, checkpoint, settings, clock, about, grams)
+    with clock.phase("writing", len(plan.blocks)):
+        save_statistics(Path(output), statistics)
+        if imatrix is not None:
+            names = [f"quantkit:{settings.mix}"] if imported is None else statistics.about["datasets"]
+            _imatrix().write_imatrix(Path(imatrix), statistics, plan.family, names, settings.sequence_length)
+    return {**statistics.about, "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()}}
+
+
+def _collected(plan: Plan, checkpoint: TensorSource, settings: Calibration, clock: Clock, about: Json, grams: bool) -> Statistics:
+    """The original model, block after block, over the calibration set and as much of the reserve as its experts need."""
+    with clock.phase("tokenizing"):
+        tokenizer = load_tokenizer(checkpoint.folder)
+        drawn = draw(recipes.load_mix(settings.mix), settings, tokenizer)
+        batches, fed = _batches(drawn.rows, settings), calibration_report(drawn, tokenizer, settings.thinking)
+        clock.tokens = sum(int(batch.real.sum()) for batch in batches)
+        spare = int(clock.tokens * settings.reserve) if settings.expert_tokens else 0
+        more = reserve_batches(drawn.reserve, spare, settings.batch_tokens, settings.ignore_prompts)
+        _check_vocabulary([*batches, *more], checkpoint)
+    with clock.phase("building the skeleton"):
+        skeleton = Skeleton(checkpoint, plan.dtype)
+        stream, reserve = Stream(skeleton, batches), Reserve.start(skeleton, more)
+        state = stream.start()
+        _check_finite(state, "the embeddings")
+    cells = cells_of([*batches, *more])
+    blocks = []
+    for block_plan in plan.blocks:
+        with clock.block(counts=True), clock.phase("observing", block_plan.index), skeleton.block(block_plan.index) as block:
+            blocks.append(collect(stream, block, state, reserve, cells, settings.expert_tokens, grams))
+        _check_finite(state, f"block {block_plan.index}")
+        _give_back_memory()
+    fed |= {"reserve_tokens": sum(int(batch.real.sum()) for batch in more)}
+    coverage = coverage_report(blocks, cells, settings.expert_tokens)
+    return Statistics(tuple(blocks), tuple(cells), {**about, "calibration": fed, "coverage": coverage, "samples": manifest(drawn.rows)})
+
+
+def _imatrix() -> Any:
+    """Importance matrices, which need a library that not everybody has."""
+    try:
+        from quantkit.write import imatrix
+    except ImportError:
+        raise WriteError("an importance matrix needs the gguf library; pip install 'quantkit[gguf]'") from None
+    return imatrix
 
 
 @dataclass(slots=True)

@@ -174,6 +174,45 @@ def plan_lines(plan: Plan, sizes: Json) -> Iterator[str]:
         yield f"{name}: {size:,} bytes = {size / 1e9:.2f} GB = {size / 2**30:.2f} GiB, {bits:.3f} bits per weight"
 
 
+def calibration_lines(about: Json) -> Iterator[str]:
+    """What a calibration run fed, for people: tokens by language and domain, how many experts each uses, the least-fed of each block."""
+    fed = about.get("calibration")
+    if fed is None:
+        yield f"statistics of {about['imatrix']}, taken on {', '.join(about['datasets']) or 'what it does not say'}"
+        return
+    table, coverage = fed["by_language_and_domain"], about["coverage"]
+    domains = sorted({domain for row in table.values() for domain in row})
+    uses = lambda kind, name: _mean(block["used"][kind].get(name, {}).get("experts", 0) for block in coverage)  # noqa: E731
+    yield f"{'language':12}" + "".join(f"{domain:>12}" for domain in domains) + f"{'tokens':>12}" + (f"{'experts':>9}" if coverage else "")
+    for language, row in table.items():
+        counts = "".join(f"{row.get(domain, 0):>12,}" for domain in domains)
+        yield f"{language:12}{counts}{sum(row.values()):>12,}" + (f"{uses('language', language):>9.1f}" if coverage else "")
+    totals = "".join(f"{sum(row.get(domain, 0) for row in table.values()):>12,}" for domain in domains)
+    yield f"{'all':12}{totals}{fed['tokens']:>12,}"
+    if coverage:
+        yield (
+            f"{'experts':12}"
+            + "".join(f"{uses('domain', domain):>12.1f}" for domain in domains)
+            + "  used by a language or domain, mean of blocks"
+        )
+    for block in coverage:
+        least = block["least_fed"][0]
+        most = max(least["by"], key=least["by"].get, default="nobody")
+        line = f"block {block['block']}: of {block['experts']} experts the least fed is {least['expert']}, {least['tokens']:,} tokens"
+        line += f" ({least['of_even_share']:.2f} of an even share, most from {most})"
+        if sum(block["reserve_tokens"]):
+            line += f"; {block['below_floor']} were below the floor, {block['below_floor_with_reserve']} are with the reserve"
+        yield line
+    if fed["reserve_tokens"]:
+        yield f"reserve: {fed['reserve_tokens']:,} tokens, kept apart"
+    yield f"digest of all token ids: {fed['digest']}"
+
+
+def _mean(values: Iterable[float]) -> float:
+    found = list(values)
+    return sum(found) / max(len(found), 1)
+
+
 def parameters(plan: Plan) -> int:
     """Weights in the checkpoint, every tensor counted."""
     return sum(entry.bytes // entry.dtype.itemsize for entry in plan.entries.values())

@@ -135,6 +135,25 @@ class InputStats:
 
 
 @dataclass(frozen=True, slots=True)
+class BlockStatistics:
+    """What one block's linears were fed, and how its routers chose."""
+
+    inputs: Mapping[str, InputStats]  # by local name; those of the calibration set itself, the routers' own distribution
+    reserve: Mapping[str, InputStats]  # what experts below the floor got beyond it, kept apart
+    routing: Mapping[str, Int[Tensor, "cells experts"]]  # experts module -> tokens by (language, domain)
+    topped_up: Mapping[str, Int[Tensor, " experts"]]  # experts module -> tokens of the reserve that reached each, fed or not
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """A calibration run's statistics, as they lie in a file."""
+
+    blocks: tuple[BlockStatistics, ...]
+    cells: tuple[tuple[str, str], ...]  # (language, domain), the rows of every routing table
+    about: Mapping[str, Any]  # model, calibration report, samples, versions
+
+
+@dataclass(frozen=True, slots=True)
 class Codes:
     """A weight on the integer grid: weight ~ (code - zero) * scale.
 

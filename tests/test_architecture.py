@@ -38,6 +38,7 @@ ONLY = {  # every other library has its rooms
     "compressed_tensors": {"hf"},
     "datasets": {"calibrate"},
     "pyarrow": {"calibrate"},
+    "gguf": {"write"},
 }
 NOT_EVEN = {  # of what all others may use
     "families": EVERYWHERE,  # tables are plain data

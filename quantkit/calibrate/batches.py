@@ -1,6 +1,6 @@
 """Rows of tokens as batches: whole samples of like lengths together, or rows filled to one length."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
 
@@ -45,6 +45,22 @@ def make_batches(rows: Sequence[Row], batch_tokens: int, fill_to: int | None = N
         batches.append(Batch(ids, real, tuple(row.labels for row in group), prompt))
         start += len(group)
     return batches
+
+
+def reserve_batches(rows: Iterable[Row], tokens: int, batch_tokens: int, ignore_prompts: bool = False) -> list[Batch]:
+    """Rows in their order until there are `tokens`, as batches of like lengths that come in that order too, some rows at a time."""
+    batches: list[Batch] = []
+    some: list[Row] = []
+    total = size = 0
+    for row in rows:
+        if total + len(row.ids) > tokens:
+            break
+        some.append(row)
+        total, size = total + len(row.ids), size + len(row.ids)
+        if size >= 4 * batch_tokens:
+            batches += make_batches(some, batch_tokens, None, ignore_prompts)
+            some, size = [], 0
+    return batches + (make_batches(some, batch_tokens, None, ignore_prompts) if some else [])
 
 
 def _packed(rows: Sequence[Row], length: int) -> list[Row]:

@@ -102,7 +102,7 @@ def _some(mix: Mix, settings: Calibration, tokenizer: Any, feeds: Sequence["_Fee
     """`settings.samples` of them, in turn from every language and domain: no quotas, for quick runs."""
     found = (sample for feed in feeds for sample in islice(feed.samples(), SHUFFLED if feed.source.hub else None))
     chosen = choose((sample for sample in found if mix_share(mix, _key(mix, sample))), settings.samples, settings.seed)
-    rows = [make_row(sample, tokenizer, settings.sequence_length, settings.thinking) for sample in chosen]
+    rows = [make_row(sample, tokenizer, _longest(settings), settings.thinking) for sample in chosen]
     return [row for row in rows if len(row.ids) > 1]
 
 
@@ -123,6 +123,11 @@ def fill(lengths: Sequence[int], quota: int) -> list[tuple[int, int]]:
     if total < quota * (1 - TOLERANCE) and longer is not None and gap > 1:
         taken.append((longer, gap))
     return taken
+
+
+def _longest(settings: Calibration) -> int:
+    """Tokens of a row at most; packing cuts by itself, and loses nothing."""
+    return settings.sequence_length if settings.packing == "whole" else 1 << 30
 
 
 def mix_share(mix: Mix, key: Key) -> float:
@@ -158,7 +163,7 @@ class _Feed:
             if sample.digest in self._seen:  # the same words twice weigh twice
                 continue
             self._seen.add(sample.digest)
-            row = make_row(sample, self.tokenizer, self.settings.sequence_length, self.settings.thinking, self.source.name)
+            row = make_row(sample, self.tokenizer, _longest(self.settings), self.settings.thinking, self.source.name)
             if len(row.ids) > 1:
                 return row
         return None

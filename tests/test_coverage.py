@@ -1,0 +1,177 @@
+"""Experts by language and domain are counted as the router chose; the reserve is drawn on as far as it must, and kept apart."""
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from quantkit.calibrate.batches import make_batches, reserve_batches
+from quantkit.calibrate.collect import Reserve, collect
+from quantkit.calibrate.coverage import cells_of, coverage_report, hungry, top_up, watch_routing
+from quantkit.calibrate.draw import Row
+from quantkit.calibrate.observe import observe
+from quantkit.model.blocks import Skeleton, Stream
+from quantkit.model.checkpoint import Checkpoint
+from quantkit.types import Batch, BlockStatistics
+
+MOE = ("gemma4_moe", "qwen3_moe", "mixtral")
+
+
+def rows(count: int, seed: int, languages: tuple[str, ...] = ("en", "zh"), length: int = 30) -> list[Row]:
+    generator = torch.Generator().manual_seed(seed)
+    made = []
+    for number in range(count):
+        ids = torch.randint(20, 300, (length - number % 7,), generator=generator).tolist()
+        labels = {"id": f"{seed}-{number}", "language": languages[number % len(languages)], "domain": ("stem", "agentic")[number // 2 % 2]}
+        made.append(Row(ids, bytes([2]) * len(ids), labels, ""))
+    return made
+
+
+@pytest.fixture(scope="module", params=MOE)
+def skeleton(request, tmp_path_factory) -> Skeleton:
+    folder = tiny.build(request.param, tmp_path_factory.mktemp("model") / request.param, dtype="float32", num_hidden_layers=2)
+    return Skeleton(Checkpoint(folder), torch.float32)
+
+
+# --- Pure functions ---------------------------------------------------------------------------------------------------------------
+
+
+def counts(*tokens: int) -> dict[str, Tensor]:
+    return {"experts": torch.tensor(tokens)}
+
+
+def drawing(*fed: tuple[int, ...]) -> tuple[list[int], object]:
+    taken: list[int] = []
+
+    def draw() -> dict[str, Tensor] | None:
+        if len(taken) == len(fed):
+            return None
+        taken.append(len(taken))
+        return counts(*fed[len(taken) - 1])
+
+    return taken, draw
+
+
+def test_nothing_is_drawn_where_all_are_fed():
+    taken, draw = drawing((5, 5, 5))
+    assert top_up(counts(10, 12, 10), 10, draw)["experts"].tolist() == [0, 0, 0]
+    assert taken == []
+
+
+def test_drawing_stops_at_the_floor():
+    natural = counts(10, 2, 30)
+    taken, draw = drawing((5, 3, 0), (0, 4, 0), (1, 1, 1), (9, 9, 9))
+    more = top_up(natural, 10, draw)
+    assert taken == [0, 1, 2], "2 + 3 + 4 + 1 = 10"
+    assert more["experts"].tolist() == [6, 8, 1]
+    assert natural["experts"].tolist() == [10, 2, 30], "the set's own counts are not touched"
+
+
+def test_drawing_stops_when_the_reserve_is_spent():
+    taken, draw = drawing((5, 0), (5, 0))
+    more = top_up(counts(0, 0), 3, draw)
+    assert taken == [0, 1]
+    assert hungry({"experts": more["experts"]}, 3) == 1
+
+
+def test_no_floor_draws_nothing():
+    taken, draw = drawing((5, 0))
+    top_up(counts(0, 0), 0, draw)
+    assert taken == []
+
+
+def test_the_report_names_the_least_fed_and_who_feeds_them():
+    cells = [("en", "stem"), ("zh", "stem")]
+    table = torch.tensor([[10, 0, 40, 50], [0, 3, 60, 37]])
+    block = BlockStatistics({}, {}, {"experts": table}, counts(0, 0, 0, 0) | {"experts": torch.tensor([0, 9, 4, 4])})
+    (said,) = coverage_report([block], cells, floor=12)
+    assert said["tokens"] == [10, 3, 100, 87]
+    assert (said["below_floor"], said["below_floor_with_reserve"]) == (2, 1)
+    first, second, _ = said["least_fed"]
+    assert first == {"expert": 1, "tokens": 3, "reserve_tokens": 9, "of_even_share": 0.06, "by": {"zh / stem": 3}}
+    assert second["by"] == {"en / stem": 10}
+    assert said["used"]["language"] == {"en": {"experts": 3, "most": [3, 2, 0, 1]}, "zh": {"experts": 2, "most": [2, 3, 1, 0]}}
+    assert said["used"]["domain"]["stem"]["experts"] == 2, "a quarter of an even share is what counts as using"
+
+
+def test_a_dense_block_has_no_coverage():
+    assert coverage_report([BlockStatistics({}, {}, {}, {})], [("en", "stem")], 10) == []
+
+
+# --- Through a model --------------------------------------------------------------------------------------------------------------
+
+
+def test_routing_is_counted_beside_the_statistics(skeleton):
+    """By cell it adds up to what each expert was fed, padding left out; a cell's share is that of its rows alone."""
+    batches = make_batches(rows(12, seed=1), batch_tokens=100)
+    assert len(batches) > 2
+    cells = cells_of(batches)
+    assert len(cells) == 4
+    stream = Stream(skeleton, batches)
+    state = stream.start()
+    with skeleton.block(0) as block:
+        with watch_routing(block, batches, cells) as routing:
+            stats = observe(stream, block, state)
+        (local,) = routing
+        for expert in range(routing[local].shape[1]):
+            assert routing[local][:, expert].sum() == stats[f"{local}.{expert}.down_proj"].tokens
+        one = cells.index(("zh", "stem"))
+        own = make_batches([row for row in rows(12, seed=1) if (row.labels["language"], row.labels["domain"]) == ("zh", "stem")], 100)
+        alone = Stream(skeleton, own)
+        with watch_routing(block, own, cells) as only:
+            observe(alone, block, alone.start())
+    assert torch.equal(only[local][one], routing[local][one])
+    assert only[local].sum() == only[local][one].sum()
+
+
+def test_prompts_that_are_ignored_feed_nobody(skeleton):
+    (batch,) = make_batches(rows(2, seed=1), batch_tokens=100)
+    without = Batch(batch.ids, batch.real, batch.labels, torch.ones_like(batch.real))
+    stream = Stream(skeleton, [without])
+    with skeleton.block(0) as block, watch_routing(block, [without], cells_of([without])) as routing:
+        stream.advance(block, stream.start())
+    assert not next(iter(routing.values())).any()
+
+
+def test_the_reserve_feeds_the_hungry_and_moves_on_with_the_rest(skeleton):
+    natural, more = make_batches(rows(4, seed=1), 64), reserve_batches(rows(30, seed=2), 600, 64)
+    cells = cells_of([*natural, *more])
+    stream, plain = Stream(skeleton, natural), Stream(skeleton, natural)
+    state, plain_state = stream.start(), plain.start()
+    reserve = Reserve.start(skeleton, more)
+    floor = 25
+    for index in range(2):
+        with skeleton.block(index) as block:
+            expected = observe(plain, block, plain_state, move=True)
+            got = collect(stream, block, state, reserve, cells, floor)
+        for local, one in expected.items():
+            assert got.inputs[local].tokens == one.tokens
+            assert torch.equal(got.inputs[local].square, one.square), "the natural stream does not know of the reserve"
+            assert got.inputs[local].gram is None
+        (local,) = got.routing
+        own = got.routing[local].sum(0)
+        assert (own < floor).any(), "or the test shows nothing"
+        for expert, tokens in enumerate(own.tolist()):
+            name = f"{local}.{expert}.down_proj"
+            if tokens >= floor:
+                assert name not in got.reserve
+            elif got.topped_up[local][expert]:
+                assert got.reserve[name].tokens == got.topped_up[local][expert]
+                assert got.reserve[name].square.any()
+    whole = Stream(skeleton, more)
+    passed = whole.start()
+    for index in range(2):
+        with skeleton.block(index) as block:
+            whole.advance(block, passed)
+    for number, one in enumerate(reserve.states):
+        assert torch.equal(one.hidden[0], passed.hidden[number]), "used or not, every batch stands behind the last block"
+
+
+def test_a_reserve_keeps_its_order_and_its_budget():
+    source = iter(rows(1000, seed=3))
+    batches = reserve_batches(source, 400, 64)
+    ids = [labels["id"] for batch in batches for labels in batch.labels]
+    assert 300 < sum(int(batch.real.sum()) for batch in batches) <= 400
+    assert set(ids) == {f"3-{number}" for number in range(len(ids))}
+    assert next(source).labels["id"] < "3-30", "no further than needed"
+    assert reserve_batches(iter(()), 100, 64) == []
