@@ -6,6 +6,7 @@ Commands import the pipeline when they run, so that --help needs no torch.
 
 import json
 import os
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,19 @@ if TYPE_CHECKING:
 MODEL = click.argument("model", required=False)
 RECIPE = click.option("--recipe", default="awq-w4", show_default=True, help="A shipped recipe (see `quantkit recipes`) or a YAML file.")
 ADAPTER = click.option("--adapter", metavar="DIR", help="A PEFT LoRA adapter, merged tensor by tensor as the checkpoint is read.")
+UNITS = {"": 1, "b": 1} | {f"{unit}{'i' * (step == 1024)}b": step**n for step in (1000, 1024) for n, unit in enumerate("kmgt", 1)}
+
+
+def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-zA-Z]*)", value or "")
+    if value is not None and (match is None or match[2].lower() not in UNITS):
+        raise click.BadParameter(f"{value!r} is no size; give one such as 8GiB")
+    return round(float(match[1]) * UNITS[match[2].lower()]) if match else None
+
+
+MAX_MEMORY = click.option(
+    "--max-memory", metavar="SIZE", callback=_bytes, help="Activations beyond it lie in mapped files, with the same result: 8GiB."
+)
 FEW_TOKENS = 4096  # below, a run says so
 JSON = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
 
@@ -100,6 +114,7 @@ def plan(model: str | None, recipe: str, adapter: str | None, as_json: bool) -> 
 @RECIPE
 @click.option("--calibration", metavar="MIX", help="A mix, or data: a .jsonl, .parquet or .txt file, a folder.")
 @ADAPTER
+@MAX_MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Threads of the matrix library. One is best on cores that others use too.")
 @JSON
 def calibrate(
@@ -111,6 +126,7 @@ def calibrate(
     recipe: str,
     calibration: str | None,
     adapter: str | None,
+    max_memory: int | None,
     threads: int | None,
     as_json: bool,
 ) -> None:
@@ -133,6 +149,7 @@ def calibrate(
                 recipe=recipe,
                 calibration=calibration,
                 adapter=adapter,
+                max_memory=max_memory,
                 tell=tell,
             )
         if as_json:
@@ -140,7 +157,9 @@ def calibrate(
             return
         from quantkit.report import calibration_lines
 
-        click.echo("\n".join([*calibration_lines(about), *_fed(about.get("calibration")), *filter(None, (output, imatrix))]))
+        seconds, spilled = round(sum(about["seconds"].values())), about["spilled"]
+        cost = f"{seconds} s, peak memory {about['peak_memory'] / 2**30:.2f} GiB" + (f", {spilled:,} bytes spilled" if spilled else "")
+        click.echo("\n".join([*calibration_lines(about), *_fed(about.get("calibration")), cost, *filter(None, (output, imatrix))]))
 
 
 @main.command()

@@ -39,6 +39,7 @@ from quantkit.model.blocks import Skeleton, State, Stream, published_entries
 from quantkit.model.checkpoint import Checkpoint, TensorSource, file_digest, read_json
 from quantkit.model.experts import weight_of
 from quantkit.model.hub import find_folder, is_folder, remote_headers
+from quantkit.model.memory import Memory, left_for_activations
 from quantkit.plan import make_plan, text_config
 from quantkit.publish.card import write_card
 from quantkit.publish.manifest import write_manifest
@@ -210,6 +211,7 @@ def calibrate(
     imatrix: str | Path | None = None,
     imported: str | Path | None = None,
     grams: bool = False,
+    max_memory: int | None = None,
     tell: Listener = silent,
 ) -> Json:
     """Statistics alone: what every linear of the original model is fed, and which experts the calibration set reaches.
@@ -220,6 +222,7 @@ def calibrate(
         imatrix: write them as an importance matrix for `llama-quantize` too.
         imported: an importance matrix of llama.cpp; it becomes the statistics, and nothing is run.
         grams: keep x x^T of every linear that has one, several times the model's size.
+        max_memory: bytes; activations that do not fit beside a block lie in mapped files beside `output`, with the same result.
 
     Returns:
         What was fed and how experts were covered; it stands in the file too.
@@ -236,21 +239,25 @@ def calibrate(
     plan = make_plan(chosen, checkpoint.config, checkpoint.entries)
     clock.blocks = len(plan.blocks)
     about: Json = {"model": _name(model), "versions": report.versions()}
+    memory = Memory(left_for_activations(plan, max_memory), Path(output).absolute().parent)
     if imported is not None:
         widths = [{linear.local: linear.shape[1] for linear in block.linears} for block in plan.blocks]
         statistics = _imatrix().read_imatrix(Path(imported), plan.family, widths)
         statistics = replace(statistics, about={**about, **statistics.about})
     else:
-        statistics = _collected(plan, checkpoint, settings, clock, about, grams)
+        statistics = _collected(plan, checkpoint, settings, clock, about, grams, memory)
     with clock.phase("writing", len(plan.blocks)):
         save_statistics(Path(output), statistics)
         if imatrix is not None:
             names = [f"quantkit:{settings.mix}"] if imported is None else statistics.about["datasets"]
             _imatrix().write_imatrix(Path(imatrix), statistics, plan.family, names, settings.sequence_length)
-    return {**statistics.about, "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()}}
+    seconds = {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()}
+    return {**statistics.about, "seconds": seconds, "spilled": memory.spilled, "peak_memory": report.peak_memory()}
 
 
-def _collected(plan: Plan, checkpoint: TensorSource, settings: Calibration, clock: Clock, about: Json, grams: bool) -> Statistics:
+def _collected(
+    plan: Plan, checkpoint: TensorSource, settings: Calibration, clock: Clock, about: Json, grams: bool, memory: Memory
+) -> Statistics:
     """The original model, block after block, over the calibration set and as much of the reserve as its experts need."""
     with clock.phase("tokenizing"):
         tokenizer = load_tokenizer(checkpoint.folder)
@@ -261,7 +268,7 @@ def _collected(plan: Plan, checkpoint: TensorSource, settings: Calibration, cloc
         more = reserve_batches(drawn.reserve, spare, settings.batch_tokens, settings.ignore_prompts)
         _check_vocabulary([*batches, *more], checkpoint)
     with clock.phase("building the skeleton"):
-        skeleton = Skeleton(checkpoint, plan.dtype)
+        skeleton = Skeleton(checkpoint, plan.dtype, memory)
         stream, reserve = Stream(skeleton, batches), Reserve.start(skeleton, more)
         state = stream.start()
         _check_finite(state, "the embeddings")

@@ -14,7 +14,7 @@ masks, per-layer inputs, shared keys and values) come from transformers itself; 
 
 import copy
 from collections import UserDict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +31,7 @@ from transformers.initialization import meta_device_safe_creation_ops
 from quantkit.errors import CheckpointError, FamilyError
 from quantkit.model import experts
 from quantkit.model.checkpoint import TensorSource
+from quantkit.model.memory import Activations, Memory
 from quantkit.types import Batch, Entry, Json
 
 
@@ -103,13 +104,16 @@ def published_entries(config: Json, dtype: torch.dtype = torch.bfloat16) -> dict
 class Skeleton:
     """The model without its blocks' weights. `block(i)` fills one from the checkpoint and empties it again.
 
+    Args:
+        memory: the budget of the activations of every stream through it; None is no limit.
+
     Raises:
         CheckpointError: a block's tensor has no source in the checkpoint or another shape than the model's.
         FamilyError: experts that cannot be streamed.
     """
 
-    def __init__(self, checkpoint: TensorSource, dtype: torch.dtype):
-        self.checkpoint = checkpoint
+    def __init__(self, checkpoint: TensorSource, dtype: torch.dtype, memory: Memory | None = None):
+        self.checkpoint, self.memory = checkpoint, memory or Memory()
         self.model = hollow_model(checkpoint.config, checkpoint.folder, dtype)
         decoder = self.model.get_decoder()
         self.blocks: list[nn.Module] = list(decoder.layers)
@@ -215,12 +219,13 @@ class Skeleton:
 class State:
     """Where a stream stands, per batch: the hidden states and what blocks hand to later blocks (shared keys and values)."""
 
-    hidden: list[Tensor]
+    hidden: MutableSequence[Tensor]
     shared: list[dict[str, Any]]
 
     def fork(self) -> "State":
         """An independent stream from here: the tensors are shared until one of the two moves on."""
-        return State(list(self.hidden), [{k: copy.copy(v) for k, v in s.items()} for s in self.shared])
+        hidden = self.hidden.fork() if isinstance(self.hidden, Activations) else list(self.hidden)
+        return State(hidden, [{k: copy.copy(v) for k, v in s.items()} for s in self.shared])
 
 
 class Stream:
@@ -233,7 +238,8 @@ class Stream:
     @torch.no_grad()
     def start(self) -> State:
         """The hidden states in front of block 0."""
-        return State([self._arguments(b, 0)[0] for b in range(len(self.batches))], [{} for _ in self.batches])
+        hidden = (self._arguments(b, 0)[0] for b in range(len(self.batches)))
+        return State(Activations(hidden, self.skeleton.memory), [{} for _ in self.batches])
 
     @torch.no_grad()
     def run(self, block: nn.Module, state: State, batch: int) -> Tensor:
