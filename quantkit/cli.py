@@ -5,6 +5,7 @@ Commands import the pipeline when they run, so that --help needs no torch.
 """
 
 import json
+import logging
 import os
 import re
 import sys
@@ -298,3 +299,4 @@ def _quiet() -> None:
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries
