@@ -10,7 +10,7 @@ from quantkit.calibrate.collect import Reserve, collect
 from quantkit.calibrate.coverage import cells_of, coverage_report, hungry, top_up, watch_routing
 from quantkit.calibrate.draw import Row
 from quantkit.calibrate.observe import observe
-from quantkit.model.blocks import Skeleton, Stream
+from quantkit.model.blocks import Skeleton, State, Stream
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.types import Batch, BlockStatistics
 
@@ -133,6 +133,56 @@ def test_prompts_that_are_ignored_feed_nobody(skeleton):
     assert not next(iter(routing.values())).any()
 
 
+def fed(block: torch.nn.Module, batches: list[Batch], stream: Stream, state: State) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Inputs of every linear (padding left out), and of all experts with their routing, by hooks of this test's own."""
+    seen: dict[str, list[Tensor]] = {}
+    real = torch.empty(0)
+
+    def keep(name: str):
+        def hook(module: torch.nn.Module, args: tuple) -> None:
+            seen.setdefault(name, []).append(args[0].reshape(-1, args[0].shape[-1])[real])
+            if hasattr(module, "_apply_gate"):
+                seen.setdefault(f"{name} index", []).append(args[1].reshape(len(real), -1)[real])
+
+        return hook
+
+    modules = [(n, m) for n, m in block.named_modules() if isinstance(m, torch.nn.Linear) or hasattr(m, "_apply_gate")]
+    handles = [module.register_forward_pre_hook(keep(name)) for name, module in modules]
+    for number, batch in enumerate(batches):
+        real = batch.real.reshape(-1)
+        stream.run(block, state, number)
+    for handle in handles:
+        handle.remove()
+    together = {name: torch.cat(parts) for name, parts in seen.items()}
+    return {n: x for n, x in together.items() if "experts" not in n}, {n: x for n, x in together.items() if "experts" in n}
+
+
+def test_sums_are_those_of_what_the_linears_were_given(skeleton):
+    batches = make_batches(rows(8, seed=5), 64)
+    stream = Stream(skeleton, batches)
+    state = stream.start()
+    with skeleton.block(0) as block:
+        dense, experts = fed(block, batches, stream, state)
+        got = collect(stream, block, state, Reserve([], []), cells_of(batches), floor=0, grams=True)
+    assert dense.keys() == {local for local in got.inputs if "experts." not in local}
+    for local, x in dense.items():
+        stats = got.inputs[local]
+        assert stats.tokens == len(x) == sum(int(batch.real.sum()) for batch in batches)
+        assert torch.allclose(stats.square, x.square().sum(0), rtol=1e-4)
+        assert torch.allclose(stats.abs, x.abs().sum(0), rtol=1e-4)
+        assert torch.allclose(stats.gram, x.T @ x, rtol=1e-3, atol=1e-3)
+    (local,) = got.routing
+    x, index = experts[local], experts[f"{local} index"]
+    for expert in range(got.routing[local].shape[1]):
+        own = x[(index == expert).any(1)]
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            assert got.inputs[f"{local}.{expert}.{leaf}"].tokens == len(own)
+        assert torch.allclose(got.inputs[f"{local}.{expert}.gate_proj"].square, own.square().sum(0), rtol=1e-4, atol=1e-5)
+        assert got.inputs[f"{local}.{expert}.gate_proj"].gram is None
+        assert got.inputs[f"{local}.{expert}.down_proj"].gram is not None
+    assert not any("watcher" in module.__dict__ for module in block.modules())
+
+
 def test_the_reserve_feeds_the_hungry_and_moves_on_with_the_rest(skeleton):
     natural, more = make_batches(rows(4, seed=1), 64), reserve_batches(rows(30, seed=2), 600, 64)
     cells = cells_of([*natural, *more])
@@ -142,12 +192,13 @@ def test_the_reserve_feeds_the_hungry_and_moves_on_with_the_rest(skeleton):
     floor = 25
     for index in range(2):
         with skeleton.block(index) as block:
-            expected = observe(plain, block, plain_state, move=True)
+            expected = collect(plain, block, plain_state, Reserve([], []), cells, floor=0)
             got = collect(stream, block, state, reserve, cells, floor)
-        for local, one in expected.items():
+        for local, one in expected.inputs.items():
             assert got.inputs[local].tokens == one.tokens
             assert torch.equal(got.inputs[local].square, one.square), "the natural stream does not know of the reserve"
             assert got.inputs[local].gram is None
+        assert all(not tokens.any() for tokens in expected.topped_up.values())
         (local,) = got.routing
         own = got.routing[local].sum(0)
         assert (own < floor).any(), "or the test shows nothing"
@@ -165,6 +216,16 @@ def test_the_reserve_feeds_the_hungry_and_moves_on_with_the_rest(skeleton):
             whole.advance(block, passed)
     for number, one in enumerate(reserve.states):
         assert torch.equal(one.hidden[0], passed.hidden[number]), "used or not, every batch stands behind the last block"
+
+
+def test_prompts_that_are_ignored_are_in_no_sum(skeleton):
+    (batch,) = make_batches(rows(2, seed=1), batch_tokens=100)
+    prompt = torch.zeros_like(batch.real)
+    prompt[:, :10] = True
+    stream = Stream(skeleton, [Batch(batch.ids, batch.real, batch.labels, prompt)])
+    with skeleton.block(0) as block:
+        got = collect(stream, block, stream.start(), Reserve([], []), cells_of([batch]), floor=0)
+    assert got.inputs["self_attn.q_proj"].tokens == int(batch.real.sum()) - 20
 
 
 def test_a_reserve_keeps_its_order_and_its_budget():

@@ -1,13 +1,19 @@
-"""One open block's statistics: the calibration set through it, then as much of the reserve as its hungriest expert needs."""
+"""One open block's statistics: the calibration set through it, then as much of the reserve as its hungriest expert needs.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+Plain sums over tokens, for files that others read; what the solver wants to know beyond them is `observe`'s business.
+"""
 
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
 from torch import Tensor, nn
 
 from quantkit.calibrate.coverage import top_up, watch_routing
-from quantkit.calibrate.observe import observe
 from quantkit.model.blocks import Skeleton, State, Stream
+from quantkit.model.experts import is_experts
 from quantkit.types import Batch, BlockStatistics, InputStats
 
 
@@ -40,43 +46,121 @@ def collect(
         floor: tokens that an expert shall have seen; those with fewer take from the reserve, kept apart.
         grams: keep x x^T too, the size of a block and more.
     """
-    with watch_routing(block, stream.batches, cells) as routing:
-        inputs = observe(stream, block, state, move=True)
+    inputs, routing = _fed(stream, block, state, cells, grams)
     natural = {local: counts.sum(0) for local, counts in routing.items()}
-    wanting = {f"{local}.{expert}." for local, tokens in natural.items() for expert in (tokens < floor).nonzero().flatten().tolist()}
+    wanting = {f"{local}.{expert}" for local, tokens in natural.items() for expert in (tokens < floor).nonzero().flatten().tolist()}
     more: dict[str, InputStats] = {}
-    number = 0
+    waiting = iter(zip(reserve.streams, reserve.states, strict=True))
 
     def draw() -> Mapping[str, Tensor] | None:
-        nonlocal number, more
-        if number == len(reserve.streams):
-            return None
-        waiting, number = reserve.streams[number], number + 1
-        with watch_routing(block, waiting.batches, cells) as fed:
-            found = observe(waiting, block, reserve.states[number - 1], wanted=(), move=True)
-        more = _sum(more, {local: s for local, s in found.items() if s.tokens and local.startswith(tuple(wanting))})
-        return {local: counts.sum(0) for local, counts in fed.items()}
+        nonlocal more
+        for spare, spare_state in waiting:
+            found, routed = _fed(spare, block, spare_state, cells, grams)
+            more = added(more, {local: one for local, one in found.items() if one.tokens and local.rpartition(".")[0] in wanting})
+            return {local: counts.sum(0) for local, counts in routed.items()}
+        return None
 
     topped_up = top_up(natural, floor, draw)
-    for left in range(number, len(reserve.streams)):
-        reserve.streams[left].advance(block, reserve.states[left])
+    for spare, spare_state in waiting:
+        spare.advance(block, spare_state)
     for each in (stream, *reserve.streams):
         each.close()
-    return BlockStatistics(inputs if grams else _lean(inputs), more if grams else _lean(more), dict(routing), topped_up)
+    return BlockStatistics(inputs, more, routing, topped_up)
 
 
-def _sum(ours: Mapping[str, InputStats], theirs: Mapping[str, InputStats]) -> dict[str, InputStats]:
-    total = dict(ours)
-    for local, one in theirs.items():
-        had = ours.get(local)
-        gram = one.gram if had is None or had.gram is None or one.gram is None else had.gram + one.gram
-        total[local] = InputStats(had.tokens + one.tokens, had.abs + one.abs, had.square + one.square, gram) if had else one
-    return total
+def added(ours: Mapping[str, InputStats], theirs: Mapping[str, InputStats]) -> dict[str, InputStats]:
+    """Sums of both, linear by linear; a sum that one of the two lacks is not there."""
+    return {**ours, **{local: _plus(ours[local], one) if local in ours else one for local, one in theirs.items()}}
 
 
-def _lean(inputs: Mapping[str, InputStats]) -> dict[str, InputStats]:
-    """Without Grams; linears that shared their statistics still do."""
-    lean: dict[int, InputStats] = {}
-    for one in inputs.values():
-        lean.setdefault(id(one), replace(one, gram=None))
-    return {local: lean[id(one)] for local, one in inputs.items()}
+def _plus(one: Any, other: Any) -> Any:
+    if one is None or other is None:
+        return None
+    if isinstance(one, InputStats):
+        return InputStats(*(_plus(getattr(one, part.name), getattr(other, part.name)) for part in fields(InputStats)))
+    return one + other
+
+
+@dataclass(slots=True)
+class _Sums:
+    width: int
+    has_gram: bool
+    tokens: int = 0
+    abs: Tensor = field(init=False)
+    square: Tensor = field(init=False)
+    gram: Tensor | None = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.abs, self.square = torch.zeros(self.width), torch.zeros(self.width)
+        self.gram = torch.zeros(self.width, self.width) if self.has_gram else None
+
+    def add(self, x: Tensor) -> None:
+        x = x.float()
+        self.tokens += len(x)
+        self.abs += x.abs().sum(0)
+        self.square += x.square().sum(0)
+        if self.gram is not None:
+            self.gram.addmm_(x.T, x)  # in place: there is never a second Gram
+
+
+def _fed(
+    stream: Stream, block: nn.Module, state: State, cells: Sequence[tuple[str, str]], grams: bool
+) -> tuple[dict[str, InputStats], dict[str, Tensor]]:
+    """(statistics of every linear and expert, routing tables) of a stream, which moves on; uncounted tokens are read and left out."""
+    with watch_routing(block, stream.batches, cells) as routing, _watching(block, grams) as watch:
+        for number, batch in enumerate(stream.batches):
+            watch.counted, watch.last = batch.counted.reshape(-1), (None, "")
+            state.hidden[number] = stream.run(block, state, number)
+    stats = {local: InputStats(s.tokens, s.abs, s.square, s.gram) for local, s in watch.sums.items()}
+    return stats | {local: stats[first] for local, first in watch.same.items()}, routing
+
+
+@dataclass(slots=True)
+class _Watch:
+    grams: bool
+    sums: dict[str, _Sums] = field(default_factory=dict)
+    same: dict[str, str] = field(default_factory=dict)  # linear -> the one before it that is given the same tensor
+    counted: Tensor = field(default_factory=lambda: torch.empty(0))
+    last: tuple[Tensor | None, str] = (None, "")
+
+    def linear(self, local: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            if self.last[0] is args[0]:
+                self.same[local] = self.last[1]
+                return
+            self.last = args[0], local
+            x = args[0].reshape(-1, args[0].shape[-1])
+            self.sums.setdefault(local, _Sums(x.shape[-1], self.grams)).add(x[self.counted])
+
+        return hook
+
+    def expert(self, local: str) -> Callable[[str, int, Tensor, Tensor], None]:
+        def watch(leaf: str, expert: int, token: Tensor, x: Tensor) -> None:
+            self.sums[f"{local}.{expert}.{leaf}"].add(x[self.counted[token]])
+
+        return watch
+
+    def experts(self, local: str, count: int, hidden: int, width: int) -> None:
+        """Places for all experts, for some may see no token. Grams of their gate and up would be the size of the model."""
+        for expert in range(count):
+            self.sums[f"{local}.{expert}.gate_proj"] = _Sums(hidden, False)
+            self.sums[f"{local}.{expert}.down_proj"] = _Sums(width, self.grams)
+            self.same[f"{local}.{expert}.up_proj"] = f"{local}.{expert}.gate_proj"
+
+
+@contextmanager
+def _watching(block: nn.Module, grams: bool) -> Iterator[_Watch]:
+    watch, handles = _Watch(grams), []
+    for local, module in block.named_modules():
+        if isinstance(module, nn.Linear):
+            handles.append(module.register_forward_pre_hook(watch.linear(local)))
+        elif is_experts(module):
+            watch.experts(local, *module.down_proj.shape)  # type: ignore[union-attr, arg-type]
+            module.watcher = watch.expert(local)  # type: ignore[assignment]
+    try:
+        yield watch
+    finally:
+        for handle in handles:
+            handle.remove()
+        for module in block.modules():
+            module.__dict__.pop("watcher", None)
