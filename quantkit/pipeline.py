@@ -39,7 +39,7 @@ from quantkit.model.blocks import Skeleton, State, Stream, published_entries
 from quantkit.model.checkpoint import Checkpoint, TensorSource, file_digest, read_json
 from quantkit.model.experts import weight_of
 from quantkit.model.hub import find_folder, is_folder, remote_headers
-from quantkit.model.memory import Memory, left_for_activations
+from quantkit.model.memory import Memory, give_back_memory, left_for_activations
 from quantkit.plan import make_plan, text_config
 from quantkit.publish.card import write_card
 from quantkit.publish.manifest import write_manifest
@@ -106,6 +106,98 @@ def plan(model: str | None, recipe: str = "awq-w4", adapter: str | None = None) 
         checkpoint = open_checkpoint(model, adapter)
         made = make_plan(chosen, checkpoint.config, checkpoint.entries)
     return made, {name: CompressedTensors(made, chosen.experts_layout).bytes for name in chosen.formats}
+
+
+def calibrate(
+    model: str | None = None,
+    *,
+    output: str | Path,
+    recipe: str = "awq-w4",
+    calibration: str | None = None,
+    adapter: str | None = None,
+    imatrix: str | Path | None = None,
+    imported: str | Path | None = None,
+    grams: bool = False,
+    max_memory: int | None = None,
+    tell: Listener = silent,
+) -> Json:
+    """Statistics alone: what every linear of the original model is fed, and which experts the calibration set reaches.
+
+    Args:
+        model, recipe, calibration, adapter, tell: as for `quantize`; of the recipe only `calibration` counts.
+        output: the file of statistics (docs/statistics.md).
+        imatrix: write them as an importance matrix for `llama-quantize` too.
+        imported: an importance matrix of llama.cpp; it becomes the statistics, and nothing is run.
+        grams: keep x x^T of every linear that has one, several times the model's size.
+        max_memory: bytes; activations that do not fit beside a block lie in mapped files beside `output`, with the same result.
+
+    Returns:
+        What was fed and how experts were covered; it stands in the file too.
+
+    Raises:
+        QuantkitError: as for `quantize`.
+    """
+    chosen = load_recipe(recipe, calibration)
+    checkpoint = open_checkpoint(model, adapter)
+    settings, clock = chosen.calibration, Clock(tell)
+    for path in (output, imatrix):
+        if path is not None and not Path(path).absolute().parent.is_dir():
+            raise CalibrationError(f"{path}: there is no such folder to write to")
+    plan = make_plan(chosen, checkpoint.config, checkpoint.entries)
+    clock.blocks = len(plan.blocks)
+    about: Json = {"model": _name(model), "versions": report.versions()}
+    memory = Memory(left_for_activations(plan, max_memory), Path(output).absolute().parent)
+    if imported is not None:
+        widths = [{linear.local: linear.shape[1] for linear in block.linears} for block in plan.blocks]
+        statistics = _imatrix().read_imatrix(Path(imported), plan.family, widths)
+        statistics = replace(statistics, about={**about, **statistics.about})
+    else:
+        statistics = _collected(plan, checkpoint, settings, clock, about, grams, memory)
+    with clock.phase("writing", len(plan.blocks)):
+        save_statistics(Path(output), statistics)
+        if imatrix is not None:
+            names = [f"quantkit:{settings.mix}"] if imported is None else statistics.about["datasets"]
+            _imatrix().write_imatrix(Path(imatrix), statistics, plan.family, names, settings.sequence_length)
+    seconds = {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()}
+    return {**statistics.about, "seconds": seconds, "spilled": memory.spilled, "peak_memory": report.peak_memory()}
+
+
+def _collected(
+    plan: Plan, checkpoint: TensorSource, settings: Calibration, clock: Clock, about: Json, grams: bool, memory: Memory
+) -> Statistics:
+    """The original model, block after block, over the calibration set and as much of the reserve as its experts need."""
+    with clock.phase("tokenizing"):
+        tokenizer = load_tokenizer(checkpoint.folder)
+        drawn = draw(recipes.load_mix(settings.mix), settings, tokenizer)
+        batches, fed = _batches(drawn.rows, settings), calibration_report(drawn, tokenizer, settings.thinking)
+        clock.tokens = sum(int(batch.real.sum()) for batch in batches)
+        spare = int(clock.tokens * settings.reserve) if settings.expert_tokens else 0
+        more = reserve_batches(drawn.reserve, spare, settings.batch_tokens, settings.ignore_prompts)
+        _check_vocabulary([*batches, *more], checkpoint)
+    with clock.phase("building the skeleton"):
+        skeleton = Skeleton(checkpoint, plan.dtype, memory)
+        stream, reserve = Stream(skeleton, batches), Reserve.start(skeleton, more)
+        state = stream.start()
+        state.check("the embeddings")
+    cells = cells_of([*batches, *more])
+    blocks = []
+    for block_plan in plan.blocks:
+        with clock.block(counts=True), clock.phase("observing", block_plan.index), skeleton.block(block_plan.index) as block:
+            blocks.append(collect(stream, block, state, reserve, cells, settings.expert_tokens, grams))
+        state.check(f"block {block_plan.index}")
+        give_back_memory()
+    fed |= {"reserve_tokens": sum(int(batch.real.sum()) for batch in more)}
+    coverage = coverage_report(blocks, cells, settings.expert_tokens)
+    return Statistics(tuple(blocks), tuple(cells), {**about, "calibration": fed, "coverage": coverage, "samples": manifest(drawn.rows)})
+
+
+def _imatrix() -> Any:
+    """Importance matrices, which need a library that not everybody has."""
+    try:
+        from quantkit.write import imatrix
+    except ImportError:
+        raise WriteError("an importance matrix needs the gguf library; pip install 'quantkit[gguf]'") from None
+    return imatrix
 
 
 def quantize(
@@ -199,98 +291,6 @@ def quantize(
     write_manifest(folder, about)
     report.write_json(out / "run.json", about)
     return Result(out, {FORMAT: folder}, {FORMAT: writer.bytes}, about)
-
-
-def calibrate(
-    model: str | None = None,
-    *,
-    output: str | Path,
-    recipe: str = "awq-w4",
-    calibration: str | None = None,
-    adapter: str | None = None,
-    imatrix: str | Path | None = None,
-    imported: str | Path | None = None,
-    grams: bool = False,
-    max_memory: int | None = None,
-    tell: Listener = silent,
-) -> Json:
-    """Statistics alone: what every linear of the original model is fed, and which experts the calibration set reaches.
-
-    Args:
-        model, recipe, calibration, adapter, tell: as for `quantize`; of the recipe only `calibration` counts.
-        output: the file of statistics (docs/statistics.md).
-        imatrix: write them as an importance matrix for `llama-quantize` too.
-        imported: an importance matrix of llama.cpp; it becomes the statistics, and nothing is run.
-        grams: keep x x^T of every linear that has one, several times the model's size.
-        max_memory: bytes; activations that do not fit beside a block lie in mapped files beside `output`, with the same result.
-
-    Returns:
-        What was fed and how experts were covered; it stands in the file too.
-
-    Raises:
-        QuantkitError: as for `quantize`.
-    """
-    chosen = load_recipe(recipe, calibration)
-    checkpoint = open_checkpoint(model, adapter)
-    settings, clock = chosen.calibration, Clock(tell)
-    for path in (output, imatrix):
-        if path is not None and not Path(path).absolute().parent.is_dir():
-            raise CalibrationError(f"{path}: there is no such folder to write to")
-    plan = make_plan(chosen, checkpoint.config, checkpoint.entries)
-    clock.blocks = len(plan.blocks)
-    about: Json = {"model": _name(model), "versions": report.versions()}
-    memory = Memory(left_for_activations(plan, max_memory), Path(output).absolute().parent)
-    if imported is not None:
-        widths = [{linear.local: linear.shape[1] for linear in block.linears} for block in plan.blocks]
-        statistics = _imatrix().read_imatrix(Path(imported), plan.family, widths)
-        statistics = replace(statistics, about={**about, **statistics.about})
-    else:
-        statistics = _collected(plan, checkpoint, settings, clock, about, grams, memory)
-    with clock.phase("writing", len(plan.blocks)):
-        save_statistics(Path(output), statistics)
-        if imatrix is not None:
-            names = [f"quantkit:{settings.mix}"] if imported is None else statistics.about["datasets"]
-            _imatrix().write_imatrix(Path(imatrix), statistics, plan.family, names, settings.sequence_length)
-    seconds = {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()}
-    return {**statistics.about, "seconds": seconds, "spilled": memory.spilled, "peak_memory": report.peak_memory()}
-
-
-def _collected(
-    plan: Plan, checkpoint: TensorSource, settings: Calibration, clock: Clock, about: Json, grams: bool, memory: Memory
-) -> Statistics:
-    """The original model, block after block, over the calibration set and as much of the reserve as its experts need."""
-    with clock.phase("tokenizing"):
-        tokenizer = load_tokenizer(checkpoint.folder)
-        drawn = draw(recipes.load_mix(settings.mix), settings, tokenizer)
-        batches, fed = _batches(drawn.rows, settings), calibration_report(drawn, tokenizer, settings.thinking)
-        clock.tokens = sum(int(batch.real.sum()) for batch in batches)
-        spare = int(clock.tokens * settings.reserve) if settings.expert_tokens else 0
-        more = reserve_batches(drawn.reserve, spare, settings.batch_tokens, settings.ignore_prompts)
-        _check_vocabulary([*batches, *more], checkpoint)
-    with clock.phase("building the skeleton"):
-        skeleton = Skeleton(checkpoint, plan.dtype, memory)
-        stream, reserve = Stream(skeleton, batches), Reserve.start(skeleton, more)
-        state = stream.start()
-        _check_finite(state, "the embeddings")
-    cells = cells_of([*batches, *more])
-    blocks = []
-    for block_plan in plan.blocks:
-        with clock.block(counts=True), clock.phase("observing", block_plan.index), skeleton.block(block_plan.index) as block:
-            blocks.append(collect(stream, block, state, reserve, cells, settings.expert_tokens, grams))
-        _check_finite(state, f"block {block_plan.index}")
-        _give_back_memory()
-    fed |= {"reserve_tokens": sum(int(batch.real.sum()) for batch in more)}
-    coverage = coverage_report(blocks, cells, settings.expert_tokens)
-    return Statistics(tuple(blocks), tuple(cells), {**about, "calibration": fed, "coverage": coverage, "samples": manifest(drawn.rows)})
-
-
-def _imatrix() -> Any:
-    """Importance matrices, which need a library that not everybody has."""
-    try:
-        from quantkit.write import imatrix
-    except ImportError:
-        raise WriteError("an importance matrix needs the gguf library; pip install 'quantkit[gguf]'") from None
-    return imatrix
 
 
 @dataclass(slots=True)

@@ -227,6 +227,15 @@ class State:
         hidden = self.hidden.fork() if isinstance(self.hidden, Activations) else list(self.hidden)
         return State(hidden, [{k: copy.copy(v) for k, v in s.items()} for s in self.shared])
 
+    def check(self, what: str) -> None:
+        """Refuse to go on with activations that are no numbers; `what` made them.
+
+        Raises:
+            CheckpointError: NaN or infinity in a hidden state.
+        """
+        if not all(bool(hidden.isfinite().all()) for hidden in self.hidden):
+            raise CheckpointError(f"{what}: NaN or infinity in the activations: a damaged weight, or fp16 that overflows (convert to bf16)")
+
 
 class Stream:
     """Batches on their way through a skeleton's blocks."""

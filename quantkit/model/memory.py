@@ -1,9 +1,11 @@
 """Where activations lie: in memory up to a limit, beyond it in files that the system maps, which nobody ever sees by name."""
 
+import ctypes
 import mmap
 import tempfile
 import weakref
 from collections.abc import Iterable, MutableSequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, overload
 
@@ -21,6 +23,12 @@ def left_for_activations(plan: Plan, max_memory: int | None) -> int | None:
         return None
     sizes = [sum(entry.bytes for name, entry in plan.entries.items() if name.startswith(block.prefix)) for block in plan.blocks]
     return max(0, max_memory - round(BESIDE_ACTIVATIONS * max(sizes)))
+
+
+def give_back_memory() -> None:
+    """Hand freed memory back to the system: glibc keeps up to a gigabyte of a block's small allocations for the next one's peak."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 class Memory:
