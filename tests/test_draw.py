@@ -293,3 +293,11 @@ def test_prompts_can_be_left_out_of_the_statistics(tokenizer):
     (plain,) = make_batches([row], 4096)
     assert torch.equal(plain.counted, plain.real)
     assert {SPEAKERS[index] for index in row.speakers} == {"system", "user", "assistant"}
+
+
+def test_a_set_of_prompts_alone_is_refused(tokenizer):
+    talk = ({"role": "user", "content": "one and two " * 20}, {"role": "assistant", "content": "three"})
+    row = make_row(Sample("a", "en", "stem", talk), tokenizer, 30)
+    assert make_batches([row], 64)
+    with pytest.raises(CalibrationError, match="nothing to count; give a longer sequence_length"):
+        make_batches([row], 64, ignore_prompts=True)

@@ -21,13 +21,38 @@ def make_batches(rows: Sequence[Row], batch_tokens: int, fill_to: int | None = N
         ignore_prompts: mark the turns of system, user and tools as left out of the statistics.
 
     Raises:
-        CalibrationError: no row of two tokens.
+        CalibrationError: no row of two tokens, or, where prompts are ignored, none that is more than a prompt.
     """
     rows = [row for row in rows if len(row.ids) > 1]
     if not rows:
         raise CalibrationError("the calibration set is empty: no sample is longer than one token")
     if fill_to:
         rows = _packed(rows, fill_to)
+    batches = _batched(rows, batch_tokens, ignore_prompts)
+    if not any(bool(batch.counted.any()) for batch in batches):
+        raise CalibrationError(
+            "no row reaches an assistant's turn, so ignore_prompts leaves nothing to count; give a longer sequence_length"
+        )
+    return batches
+
+
+def reserve_batches(rows: Iterable[Row], tokens: int, batch_tokens: int, ignore_prompts: bool = False) -> list[Batch]:
+    """Rows in their order until there are `tokens`, as batches of like lengths that come in that order too, some rows at a time."""
+    batches: list[Batch] = []
+    some: list[Row] = []
+    total = size = 0
+    for row in rows:
+        if total + len(row.ids) > tokens:
+            break
+        some.append(row)
+        total, size = total + len(row.ids), size + len(row.ids)
+        if size >= 4 * batch_tokens:
+            batches += _batched(some, batch_tokens, ignore_prompts)
+            some, size = [], 0
+    return batches + _batched(some, batch_tokens, ignore_prompts)
+
+
+def _batched(rows: Sequence[Row], batch_tokens: int, ignore_prompts: bool) -> list[Batch]:
     rows = sorted(rows, key=lambda row: -len(row.ids))
     batches: list[Batch] = []
     start = 0
@@ -45,22 +70,6 @@ def make_batches(rows: Sequence[Row], batch_tokens: int, fill_to: int | None = N
         batches.append(Batch(ids, real, tuple(row.labels for row in group), prompt))
         start += len(group)
     return batches
-
-
-def reserve_batches(rows: Iterable[Row], tokens: int, batch_tokens: int, ignore_prompts: bool = False) -> list[Batch]:
-    """Rows in their order until there are `tokens`, as batches of like lengths that come in that order too, some rows at a time."""
-    batches: list[Batch] = []
-    some: list[Row] = []
-    total = size = 0
-    for row in rows:
-        if total + len(row.ids) > tokens:
-            break
-        some.append(row)
-        total, size = total + len(row.ids), size + len(row.ids)
-        if size >= 4 * batch_tokens:
-            batches += make_batches(some, batch_tokens, None, ignore_prompts)
-            some, size = [], 0
-    return batches + (make_batches(some, batch_tokens, None, ignore_prompts) if some else [])
 
 
 def _packed(rows: Sequence[Row], length: int) -> list[Row]:
