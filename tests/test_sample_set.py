@@ -41,6 +41,31 @@ def strings(value: Any) -> Iterator[str]:
             yield from strings(inner)
 
 
+# --- Enough -----------------------------------------------------------------------------------------------------------------------
+
+
+def test_every_language_has_enough_of_both_kinds(samples):
+    counts = Counter((one["language"], one["domain"]) for one in samples)
+    assert set(counts) == {(language, domain) for language in LANGUAGES for domain in ("stem", "agentic")}
+    for language in LANGUAGES:
+        assert counts[language, "stem"] >= 16, language
+        assert counts[language, "agentic"] >= 12, language
+
+
+def test_agents_call_in_parallel_mend_failures_and_think(samples):
+    """In each language: several calls in one message, reasoning before a call, a call repeated with other arguments."""
+    for language in LANGUAGES:
+        agents = [one for one in samples if (one["language"], one["domain"]) == (language, "agentic")]
+        messages = [message for one in agents for message in one["messages"]]
+        assert sum(len(message.get("tool_calls", [])) > 1 for message in messages) >= 3, language
+        assert sum(bool(message.get("reasoning_content")) for message in messages) >= 3, language
+        again = 0
+        for one in agents:
+            calls = [call["function"] for message in one["messages"] for call in message.get("tool_calls", [])]
+            again += any(a["name"] == b["name"] and a["arguments"] != b["arguments"] for n, a in enumerate(calls) for b in calls[n + 1 :])
+        assert again >= 3, language
+
+
 # --- Length -----------------------------------------------------------------------------------------------------------------------
 
 
