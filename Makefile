@@ -2,7 +2,8 @@
 PYTHON ?= python3
 VENV := .venv
 ENGINES := .venv-engines
-.PHONY: demo test format engines memory reference
+RIVALS := .venv-rivals/ready .venv-autoround/ready
+.PHONY: demo test format engines memory reference rivals
 
 # PyTorch by itself first: a dependency that asks for any torch would otherwise bring the largest one
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -42,3 +43,12 @@ $(ENGINES)/ready: benchmarks/engines/constraints.txt
 
 engines: $(VENV)/ready $(ENGINES)/ready
 	$(VENV)/bin/python benchmarks/engines/verify.py --engine-python $(ENGINES)/bin/python
+
+# llm-compressor (.venv-rivals) and AutoRound (.venv-autoround): their pins exclude ours and each other's (1.5 GB each)
+$(RIVALS): .venv-%/ready: benchmarks/rivals/requirements-%.txt
+	$(PYTHON) -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --constraint $< torch
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check --requirement $<
+	touch $@
+
+rivals: $(RIVALS)
