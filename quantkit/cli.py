@@ -54,6 +54,7 @@ def main() -> None:
 @click.option("--output", metavar="DIR", help="The run's folder; a killed run goes on there. [default: MODEL-RECIPE]")
 @click.option("--calibration", metavar="MIX", help="A mix, or data: a .jsonl, .parquet or .txt file, a folder.")
 @ADAPTER
+@MAX_MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Threads of the matrix library. One is best on cores that others use too.")
 @click.option("--fresh", is_flag=True, help="Delete what an earlier run left in the folder and start anew.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the exact bytes, read no weight. The same as `quantkit plan`.")
@@ -64,6 +65,7 @@ def quantize(
     output: str | None,
     calibration: str | None,
     adapter: str | None,
+    max_memory: int | None,
     threads: int | None,
     fresh: bool,
     dry_run: bool,
@@ -87,7 +89,14 @@ def quantize(
             torch.set_num_threads(threads)
         with _progress() as tell:
             result = pipeline.quantize(
-                model, recipe=recipe, output=output, calibration=calibration, adapter=adapter, fresh=fresh, tell=tell
+                model,
+                recipe=recipe,
+                output=output,
+                calibration=calibration,
+                adapter=adapter,
+                fresh=fresh,
+                max_memory=max_memory,
+                tell=tell,
             )
         click.echo(_as_json(result) if as_json else _describe(result))
 

@@ -1,4 +1,4 @@
-"""The story, from a bf16 checkpoint to artefacts. The only file that knows the order.
+"""The story, from a bf16 checkpoint to artefacts. What happens to each block stands in run.py; no other file knows the order.
 
 folder     <- model (local, or the Hub's)          a LoRA adapter is merged as tensors are read
 plan       <- recipe, config, tensor shapes        refuses an unknown family or tensor; predicts bytes
@@ -8,16 +8,13 @@ artefacts  <- store, checkpoint                    shards as the blocks they nee
 scores     <- held-out samples                     they ran beside, through original and quantized blocks
 """
 
-import ctypes
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from quantkit import families, report
 from quantkit import recipe as recipes
@@ -26,18 +23,14 @@ from quantkit.calibrate.collect import Reserve, collect
 from quantkit.calibrate.coverage import cells_of, coverage_report
 from quantkit.calibrate.draw import Drawn, Row, draw, make_row, manifest
 from quantkit.calibrate.draw import report as calibration_report
-from quantkit.calibrate.observe import observe
 from quantkit.calibrate.render import load_tokenizer
 from quantkit.calibrate.samples import choose
 from quantkit.calibrate.sources import read_samples
 from quantkit.calibrate.statistics import save_statistics
 from quantkit.errors import CalibrationError, CheckpointError, StoreError, WriteError
-from quantkit.evaluate.divergence import Scores, compare
-from quantkit.grid.integer import from_codes
 from quantkit.model.adapter import Adapted
-from quantkit.model.blocks import Skeleton, State, Stream, published_entries
+from quantkit.model.blocks import Skeleton, Stream, published_entries
 from quantkit.model.checkpoint import Checkpoint, TensorSource, file_digest, read_json
-from quantkit.model.experts import weight_of
 from quantkit.model.hub import find_folder, is_folder, remote_headers
 from quantkit.model.memory import Memory, give_back_memory, left_for_activations
 from quantkit.plan import make_plan, text_config
@@ -45,14 +38,13 @@ from quantkit.publish.card import write_card
 from quantkit.publish.manifest import write_manifest
 from quantkit.recipe import Calibration, Recipe
 from quantkit.report import Clock, Listener, silent
-from quantkit.solve.block import solve_block
+from quantkit.run import Run
 from quantkit.store import Store
-from quantkit.types import Batch, BlockPlan, Effort, InputStats, Json, Plan, SolvedBlock, Statistics
+from quantkit.types import Batch, Json, Plan, Statistics
 from quantkit.write.compressed_tensors import FORMAT, PASSED_ON, CompressedTensors
 
 SOLVED = "solved"
 OURS = (SOLVED, FORMAT, "run.json")  # what a run leaves in its folder
-LOGIT_POSITIONS = 64  # positions whose logits are in memory at a time: a vocabulary of 262,144 takes 1 MiB each
 
 
 @dataclass(frozen=True, slots=True)
@@ -171,8 +163,7 @@ def _collected(
         drawn = draw(recipes.load_mix(settings.mix), settings, tokenizer)
         batches, fed = _batches(drawn.rows, settings), calibration_report(drawn, tokenizer, settings.thinking)
         clock.tokens = sum(int(batch.real.sum()) for batch in batches)
-        spare = int(clock.tokens * settings.reserve) if settings.expert_tokens else 0
-        more = reserve_batches(drawn.reserve, spare, settings.batch_tokens, settings.ignore_prompts)
+        more = _reserve(drawn, settings)
         _check_vocabulary([*batches, *more], checkpoint)
     with clock.phase("building the skeleton"):
         skeleton = Skeleton(checkpoint, plan.dtype, memory)
@@ -208,6 +199,7 @@ def quantize(
     calibration: str | None = None,
     adapter: str | None = None,
     fresh: bool = False,
+    max_memory: int | None = None,
     tell: Listener = silent,
 ) -> Result:
     """Quantize a checkpoint and write it in the recipe's formats.
@@ -219,6 +211,7 @@ def quantize(
         calibration: another mix or a .jsonl file in place of the recipe's.
         adapter: a PEFT LoRA adapter's folder, merged as the checkpoint is read.
         fresh: delete what an earlier run left in `output` and start anew.
+        max_memory: bytes; activations that do not fit beside a block lie in mapped files in `output`, with the same result.
         tell: is told of each phase.
 
     Raises:
@@ -242,11 +235,12 @@ def quantize(
         if chosen.method != "rtn":  # plain rounding needs no data
             drawn = draw(recipes.load_mix(settings.mix), settings, tokenizer)
             batches = _batches(drawn.rows, settings)
+        reserve = _reserve(drawn, settings)
         fed = calibration_report(drawn, tokenizer, settings.thinking)
         plan = replace(plan, fingerprint=f"{plan.fingerprint} {fed['digest']}")  # solved blocks are those of these very tokens
         clock.tokens = sum(int(batch.real.sum()) for batch in batches)
         heldout = _heldout(chosen, tokenizer)
-        _check_vocabulary([*batches, *heldout], checkpoint)
+        _check_vocabulary([*batches, *heldout, *reserve], checkpoint)
     if fresh:
         _clear(out)
     store = Store(out / SOLVED, plan, {"model": name, "recipe": chosen.name, "calibration": settings.mix, "adapter": adapter})
@@ -254,7 +248,8 @@ def quantize(
     writer = CompressedTensors(plan, chosen.experts_layout, checkpoint, store, folder)
 
     with clock.phase("building the skeleton"):
-        run = _Run.start(chosen, plan, checkpoint, store, clock, batches, heldout)
+        memory = Memory(left_for_activations(plan, max_memory), out)
+        run = Run.start(chosen, plan, Skeleton(checkpoint, plan.dtype, memory), store, clock, batches, heldout, reserve)
     reports = []
     for block_plan in plan.blocks:
         with clock.block(counts=block_plan.index not in store):
@@ -276,11 +271,13 @@ def quantize(
         "bytes": {FORMAT: writer.bytes},
         "bits_per_weight": round(writer.bytes * 8 / report.parameters(plan), 4),
         "calibration": fed,
+        "coverage": coverage_report(run.coverage, cells_of([*batches, *reserve]), settings.expert_tokens),
         "heldout": scores,
         "summary": report.summary(reports),
         "adapter": asdict(checkpoint.adapter) if isinstance(checkpoint, Adapted) else None,
         "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
         "peak_memory": report.peak_memory(),
+        "spilled": memory.spilled,
         "threads": torch.get_num_threads(),
         "versions": report.versions(),
         "inputs": hashes,
@@ -293,151 +290,6 @@ def quantize(
     return Result(out, {FORMAT: folder}, {FORMAT: writer.bytes}, about)
 
 
-@dataclass(slots=True)
-class _Run:
-    """Three streams through one skeleton: the calibration set behind solved blocks, held-out samples through original and solved ones."""
-
-    recipe: Recipe
-    plan: Plan
-    checkpoint: TensorSource
-    store: Store
-    clock: Clock
-    skeleton: Skeleton
-    calibration: Stream
-    calibrated: State
-    heldout: Stream
-    original: State
-    quantized: State
-
-    @classmethod
-    def start(
-        cls,
-        recipe: Recipe,
-        plan: Plan,
-        checkpoint: TensorSource,
-        store: Store,
-        clock: Clock,
-        calibration: Sequence[Batch],
-        heldout: Sequence[Batch],
-    ) -> "_Run":
-        skeleton = Skeleton(checkpoint, plan.dtype)
-        streams = Stream(skeleton, calibration), Stream(skeleton, heldout)
-        first, original = streams[0].start(), streams[1].start()
-        for state in (first, original):
-            _check_finite(state, "the embeddings")
-        return cls(recipe, plan, checkpoint, store, clock, skeleton, streams[0], first, streams[1], original, original.fork())
-
-    def block(self, plan: BlockPlan) -> Json:
-        """One block: held-out samples through the original, statistics, solution, and the streams through what was solved."""
-        index, behind_original = plan.index, self.recipe.search.propagate == "original"
-        with self.skeleton.block(index) as block:
-            with self.clock.phase("running held-out samples", index):
-                self.heldout.advance(block, self.original)
-            if index in self.store:
-                if behind_original:
-                    self.calibration.advance(block, self.calibrated)
-                solved = self.store.get(plan)
-            else:
-                solved = self._solve(plan, block, behind_original)
-            _install(plan, block, solved)
-            about = report.block_report(plan, solved, observed=self.recipe.method != "rtn")
-            del solved  # its codes are on the disk and in the block; they need not meet the streams in memory
-            _give_back_memory()
-            with self.clock.phase("running the quantized block", index):
-                if not behind_original:
-                    self.calibration.advance(block, self.calibrated)
-                self.heldout.advance(block, self.quantized)
-        for stream in (self.calibration, self.heldout):
-            stream.close()
-        for state in (self.calibrated, self.original, self.quantized):
-            _check_finite(state, f"block {index}")
-        _give_back_memory()
-        return about
-
-    def _solve(self, plan: BlockPlan, block: nn.Module, behind_original: bool) -> SolvedBlock:
-        """Observe, solve and store the open block; where later blocks shall see the original, the observing pass moves the stream."""
-        stats: dict[str, InputStats] = {}
-        if self.recipe.method != "rtn":
-            with self.clock.phase("observing", plan.index):
-                wanted = {linear.local for linear in plan.linears if linear.scheme}
-                stats = observe(self.calibration, block, self.calibrated, wanted, move=behind_original)
-                _check_stats(plan, block, stats)
-        with self.clock.phase("solving", plan.index):
-            weights, kept = _weights(plan, block, self.checkpoint, self.plan.dtype)
-            solved = solve_block(plan, weights, kept, stats, self.plan.norm_offset, _effort(self.recipe))
-            _give_back_memory()
-        with self.clock.phase("storing", plan.index):
-            self.store.put(solved)
-        return solved
-
-    def score(self) -> Json:
-        """The held-out samples' logits behind original and quantized blocks, compared token by token."""
-        scores = Scores()
-        for number, batch in enumerate(self.heldout.batches):
-            last = batch.ids.shape[1] - 1
-            for start in range(0, last, LOGIT_POSITIONS):
-                part = slice(start, min(start + LOGIT_POSITIONS, last))
-                following = slice(part.start + 1, part.stop + 1)
-                base = self.heldout.logits(self.original, number, part)
-                ours = self.heldout.logits(self.quantized, number, part)
-                for row, labels in enumerate(batch.labels):
-                    scores.add(compare(base[row], ours[row], batch.ids[row, following], batch.real[row, following]), labels)
-        return scores.as_json()
-
-
-def _effort(recipe: Recipe) -> Effort:
-    if recipe.method == "rtn":
-        return Effort(folds=False, shrinks=1)
-    search = recipe.search
-    return Effort(True, search.exponents, search.rows, search.shrinks, search.expert_floor)
-
-
-def _weights(
-    plan: BlockPlan, block: nn.Module, checkpoint: TensorSource, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Views of every linear to be solved, and the block's other tensors, by local name, as the model computes with them.
-
-    Raises:
-        CheckpointError: a weight that is not finite.
-    """
-    weights = {}
-    for linear in plan.linears:
-        if linear.scheme is None:
-            continue
-        weight = weight_of(block, linear.local)
-        # published leftovers that the model does not read (keys and values of layers that borrow them) have no module
-        weights[linear.local] = checkpoint.view(linear.source.tensor).to(dtype) if weight is None else weight
-        if not bool(weights[linear.local].isfinite().all()):
-            raise CheckpointError(f"{linear.source.tensor}: holds NaN or infinity; the checkpoint is damaged")
-    return weights, {local: checkpoint.view(name).to(dtype) for local, name in plan.kept.items()}
-
-
-def _check_stats(plan: BlockPlan, block: nn.Module, stats: Mapping[str, InputStats]) -> None:
-    for linear in plan.linears:
-        if linear.scheme is not None and linear.local not in stats and weight_of(block, linear.local) is not None:
-            raise CalibrationError(f"{linear.name}: the model never called this linear during calibration, so it cannot be solved")
-
-
-def _give_back_memory() -> None:
-    """Hand freed memory back to the system: glibc keeps up to a gigabyte of a block's small allocations for the next one's peak."""
-    with suppress(OSError, AttributeError):
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-@torch.no_grad()
-def _install(plan: BlockPlan, block: nn.Module, solved: SolvedBlock) -> None:
-    """The block as an engine will compute it: every weight decoded from its codes, every folded tensor replaced."""
-    for linear in plan.linears:
-        if linear.scheme is None:
-            continue
-        weight = weight_of(block, linear.local)
-        if weight is not None:
-            weight.copy_(from_codes(solved.linears[linear.local].codes))
-    for local, tensor in solved.folded.items():
-        owner, _, leaf = local.rpartition(".")
-        getattr(block.get_submodule(owner), leaf).data.copy_(tensor)
-
-
 def _heldout(recipe: Recipe, tokenizer: Any) -> list[Batch]:
     """Our held-out samples as batches; none where the recipe scores nothing."""
     if recipe.score.samples == 0:
@@ -447,15 +299,15 @@ def _heldout(recipe: Recipe, tokenizer: Any) -> list[Batch]:
     return make_batches(rows, recipe.calibration.batch_tokens)
 
 
+def _reserve(drawn: Drawn, settings: Calibration) -> list[Batch]:
+    """What experts may get beyond the set; nothing where no floor is asked for."""
+    tokens = sum(len(row.ids) for row in drawn.rows) * settings.reserve if settings.expert_tokens else 0
+    return reserve_batches(drawn.reserve, int(tokens), settings.batch_tokens, settings.ignore_prompts)
+
+
 def _batches(rows: Sequence[Row], settings: Calibration) -> list[Batch]:
     fill_to = settings.sequence_length if settings.packing == "fixed" else None
     return make_batches(rows, settings.batch_tokens, fill_to, settings.ignore_prompts)
-
-
-def _check_finite(state: State, what: str) -> None:
-    for hidden in state.hidden:
-        if not bool(hidden.isfinite().all()):
-            raise CheckpointError(f"{what}: NaN or infinity in the activations: a damaged weight, or fp16 that overflows (convert to bf16)")
 
 
 def _check_vocabulary(batches: Sequence[Batch], checkpoint: TensorSource) -> None:

@@ -4,12 +4,12 @@ import difflib
 import fnmatch
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from quantkit import families
 from quantkit.errors import FamilyError, RecipeError
-from quantkit.families.family import SERVED_AS_ONE, Family, in_block, matches, outside_block, rename
+from quantkit.families.family import SERVED_AS_ONE, STAGES, Family, in_block, matches, outside_block, rename
 from quantkit.recipe import GROUPS, Override, Recipe, Weights
 from quantkit.types import BlockPlan, Entry, Fold, Json, Linear, Plan, Scheme, Source
 
@@ -129,7 +129,17 @@ def _plan_block(
     )
     quantized = {linear.local for linear in linears if linear.scheme}
     present = {*found, *(local.removesuffix(".weight") for local in tensors)}
-    return BlockPlan(index, prefix, linears, tuple(_folds(family, present, set(found), quantized, found, head)), kept)
+    residual = {local: norm for local, norm in family.residual.items() if local in quantized}
+    folds = tuple(_folds(family, present, set(found), quantized, found, head))
+    return BlockPlan(index, prefix, linears, folds, kept, tuple(_stages(linears)), residual)
+
+
+def _stages(linears: Iterable[Linear]) -> Iterator[tuple[str, ...]]:
+    """The linears that are quantized, stage by stage in the order of computation."""
+    locals_ = [linear.local for linear in linears if linear.scheme]
+    for leaves in STAGES:
+        if stage := tuple(local for local in locals_ if local.rpartition(".")[2] in leaves):
+            yield stage
 
 
 def _order(family: Family, local: str) -> tuple[int, int]:
@@ -208,7 +218,7 @@ def _schemes(
         widths = {found[local][1][1] for local in locals_}
         group = _fitting_group(recipe, weights, widths, index, locals_, found)
         for local in locals_:
-            schemes[local] = Scheme(weights.bits, group, weights.symmetric)
+            schemes[local] = Scheme(weights.bits, group, weights.symmetric, weights.signed and weights.symmetric)
             if weights.group != "row" and group != weights.group:
                 at_fault = next(width for width in sorted(widths) if width % weights.group)
                 elsewhere = "" if found[local][1][1] == at_fault else ", the columns of another matrix that is served with it"

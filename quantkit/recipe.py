@@ -26,6 +26,7 @@ class Weights(_Strict):
     bits: Literal[2, 3, 4, 5, 6, 7, 8] = 4
     group: Literal[32, 64, 128, "row"] = 32
     symmetric: bool = True
+    signed: bool = False  # symmetric scales may be negative, so that a group uses all 2^bits codes; plain rounding ignores it
 
 
 class Override(_Strict):
@@ -47,13 +48,23 @@ class Override(_Strict):
 
 
 class Search(_Strict):
-    """How hard the solver tries, and what it lets the next block see."""
+    """How hard the solver tries, and what it lets the next block see. Every step can be switched off."""
 
+    folds: bool = True  # AWQ scales
     exponents: Annotated[int, Field(ge=2, le=100)] = 20  # steps of the scale grid; identity is always a candidate too
     rows: Annotated[int, Field(ge=16)] = 512  # rows of a matrix that a candidate is judged on
+    sensitivity: bool = True  # rows count by how much they move the block's output: one probe a block
     shrinks: Annotated[int, Field(ge=1, le=40)] = 10  # clip candidates of a group's range, 1.0 downwards
     expert_floor: Annotated[int, Field(ge=0)] = 128  # an expert with so many tokens weighs its own statistics and the pool alike
-    propagate: Literal["quantized", "original"] = "quantized"  # what the blocks behind a solved one see
+    compensate: bool = True  # columns make good the rounding errors of the columns before them (LDLQ, GPTQ)
+    damping: Annotated[float, Field(gt=0, le=10)] = 0.01  # of the Gram for that, in mean diagonals
+    sweeps: Annotated[int, Field(ge=0, le=20)] = 0  # of coordinate descent over groups after that
+    stages: bool = True  # solve in the order of computation, each stage on inputs that carry the rounding before it; False: block by block
+    retarget: Annotated[float, Field(ge=0, le=1)] = 1.0  # with stages: how much of the inputs' drift from the original is made good
+    retarget_damping: Annotated[float, Field(gt=0, le=100)] = 0.2  # in mean diagonals
+    residual: bool = True  # with retarget: outputs that are added to the residual make good what it lacks
+    hold_out: bool = True  # judge by every twentieth row, which no search sees
+    propagate: Literal["quantized", "original"] = "quantized"  # without stages: what the blocks behind a solved one see
 
 
 class Calibration(_Strict):

@@ -110,7 +110,9 @@ def block_report(plan: BlockPlan, solved: SolvedBlock, observed: bool) -> Json:
         }
         for fold in solved.folds
     ]
-    return {"block": plan.index, "linears": linears, "folds": folds, "experts": expert_tokens(solved) if observed else []}
+    experts = expert_tokens(solved) if observed else []
+    proof = None if solved.proof is None else _short(solved.proof)
+    return {"block": plan.index, "linears": linears, "folds": folds, "proof": proof, "experts": experts}
 
 
 def expert_tokens(solved: SolvedBlock) -> list[int]:
@@ -121,6 +123,7 @@ def expert_tokens(solved: SolvedBlock) -> list[int]:
 
 def summary(blocks: Iterable[Json]) -> Json:
     """Totals that fit on a screen: mean relative errors, and the least-fed expert (None without experts or calibration)."""
+    blocks = list(blocks)
     rows = [row for block in blocks for row in block["linears"].values()]
     fed = [tokens for block in blocks for tokens in block["experts"]]
     mean = lambda key: sum(row[key] for row in rows) / max(len(rows), 1)  # noqa: E731
@@ -128,6 +131,8 @@ def summary(blocks: Iterable[Json]) -> Json:
         "linears": len(rows),
         "mean_error_rounded": mean("error_rounded"),
         "mean_error": mean("error"),
+        "worse_than_rounded": sum(row["error"] > row["error_rounded"] for row in rows),
+        "largest_fold_change": max((block["proof"] for block in blocks if block["proof"] is not None), default=None),
         "experts_without_tokens": sum(tokens == 0 for tokens in fed),
         "fewest_expert_tokens": min(fed, default=None),
     }

@@ -132,6 +132,7 @@ class Store:
         about = {
             "linears": {n: {"rounded": s.error_rounded, "error": s.error, "tokens": s.tokens} for n, s in solved.linears.items()},
             "folds": [asdict(fold) for fold in solved.folds],
+            "proof": solved.proof,
         }
         self._open = None
         write_safetensors(self._path(solved.index), pieces, {"solved": json.dumps(about)})
@@ -176,7 +177,7 @@ class Store:
             )
         except (SafetensorError, KeyError, ValueError, TypeError) as problem:
             raise StoreError(f"{self._path(plan.index)}: damaged ({problem}); delete this file and run again") from None
-        return SolvedBlock(plan.index, linears, folded, folds)
+        return SolvedBlock(plan.index, linears, folded, folds, about["proof"])
 
 
 def _piece(name: str, tensor: Tensor) -> Piece:

@@ -7,7 +7,7 @@ goes by its `local` name ("mlp.up_proj", "experts.17.up_proj"), which is the mod
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -37,13 +37,16 @@ class Scheme:
     bits: int
     group: int  # 0 = the whole row
     symmetric: bool
+    # A symmetric scale may be negative: a group's extreme lies on the lowest code, so every code serves. Engines see no difference.
+    signed: bool = field(default=False, compare=False)
 
     def width(self, columns: int) -> int:
         """Columns that share a scale in a matrix of that many columns."""
         return self.group or columns
 
     def __str__(self) -> str:
-        return f"w{self.bits} {'sym' if self.symmetric else 'asym'} {f'g{self.group}' if self.group else 'row'}"
+        kind = "sym" if self.symmetric else "asym"
+        return f"w{self.bits} {kind} {f'g{self.group}' if self.group else 'row'}{' signed' if self.signed else ''}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,8 @@ class BlockPlan:
     linears: tuple[Linear, ...]
     folds: tuple[Fold, ...]
     kept: Mapping[str, str]  # tensor of the block by its local name ("input_layernorm.weight") -> its name in the checkpoint
+    stages: tuple[tuple[str, ...], ...] = ()  # its linears in the order of computation: what is solved together
+    residual: Mapping[str, str] = field(default_factory=dict)  # linear that adds to the residual -> the norm that reads it there
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,12 +131,18 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class InputStats:
-    """Sums over the tokens that one linear was fed during calibration (fp32)."""
+    """Sums over the tokens that one linear was fed during calibration (fp32); an expert's tokens count by their squared routing weight.
+
+    With two streams x is the input behind quantized blocks and x + d that of the original model: what rounding can still mend.
+    """
 
     tokens: int
     abs: Float[Tensor, " in"]  # sum of |x|
     square: Float[Tensor, " in"]  # sum of x^2: the Gram's diagonal
     gram: Float[Tensor, "in in"] | None  # sum of x x^T; None where it cannot be afforded (the experts' shared input)
+    drift: Float[Tensor, "in in"] | None = None  # sum of d x^T
+    residual: Float[Tensor, "out in"] | None = None  # sum of e x^T, e what the residual stream lacks where the linear adds to it
+    held: "InputStats | None" = None  # the same sums over rows that are kept for judging
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,6 +198,11 @@ class Effort:
     rows: int = 512  # rows of a matrix that a candidate is judged on
     shrinks: int = 10  # clip candidates of a group's range; 1 = its extremes, plain rounding
     expert_floor: int = 128  # an expert with so many tokens weighs its own statistics and the pool alike
+    compensate: bool = False  # a column's rounding error is made good by the columns behind it, through the Gram
+    damping: float = 0.01  # of the Gram under compensation, in mean diagonals
+    sweeps: int = 0  # of coordinate descent over groups after that
+    retarget: float = 0.0  # share of the inputs' drift from the original model's that the weights make good
+    retarget_damping: float = 0.2  # in mean diagonals
 
 
 @dataclass(frozen=True, slots=True)
@@ -205,6 +221,8 @@ class SolvedBlock:
     linears: Mapping[str, Solved]  # by local name
     folded: Mapping[str, Tensor]  # kept tensors that a fold changed, by local tensor name ("input_layernorm.weight")
     folds: tuple[FoldReport, ...]
+    # relative change of the block's output by its folds, in fp32, where it was measured; beyond what fp32 explains they are undone
+    proof: float | None = None
 
 
 Json = dict[str, Any]

@@ -142,7 +142,7 @@ def test_plan_as_json(model):
     assert made["bytes"] == sizes
     assert (made["family"], made["model_type"], made["blocks"]) == ("gemma4", "gemma4", 2)
     assert [one["name"] for one in made["linears"]] == [linear.name for linear in plan.linears()]
-    assert {one["scheme"] for one in made["linears"]} == {"w4 sym g32"}
+    assert {one["scheme"] for one in made["linears"]} == {"w4 sym g32 signed"}
     kept = {name for name in made["kept"] if name in plan.entries}
     assert len(kept) == len(made["kept"]), "every kept tensor by its own name"
     assert kept | {linear.source.tensor for linear in plan.linears()} == set(plan.entries)

@@ -169,7 +169,7 @@ def test_dead_channels_and_wild_scales_leave_the_norm_alone(offset):
 
 
 def consumer(w: Tensor, h: Tensor, scheme: Scheme = W4) -> awq.Consumer:
-    return awq.Consumer(w, h, scheme, torch.bfloat16)
+    return awq.Consumer(w, h[None], scheme, torch.bfloat16)
 
 
 def choose(consumers: list[awq.Consumer], mean_abs: Tensor, channels: int | None = None, head: int = 0, exponents: int = 20) -> awq.Choice:
@@ -202,7 +202,7 @@ def test_the_loss_ratio_is_that_of_the_output():
 
     def loss(s: Tensor) -> Tensor:
         grouped = (w * s).view(128, 2, 32)
-        scale, zero, _ = ranges.search(grouped, (h / s.square()).view(1, 2, 32), W4, torch.bfloat16, awq.CLIPS_IN_SEARCH)
+        scale, zero, _ = ranges.search(grouped, (h / s.square()).view(1, 2, 32), W4, torch.bfloat16, awq.CLIPS_IN_SEARCH, 1)
         decoded = from_codes(to_codes((w * s), scale, zero, W4, torch.bfloat16))
         return (h * (decoded / s - w).square()).sum()
 

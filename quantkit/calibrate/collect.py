@@ -29,6 +29,14 @@ class Reserve:
         streams = [Stream(skeleton, [batch]) for batch in batches]
         return cls(streams, [stream.start() for stream in streams])
 
+    def fork(self) -> "Reserve":
+        """The same batches with states of their own: another prefix that they run behind."""
+        return Reserve(self.streams, [state.fork() for state in self.states])
+
+    def advance(self, block: nn.Module) -> None:
+        for stream, state in zip(self.streams, self.states, strict=True):
+            stream.advance(block, state)
+
 
 def collect(
     stream: Stream,
@@ -48,7 +56,7 @@ def collect(
     """
     inputs, routing = _fed(stream, block, state, cells, grams)
     natural = {local: counts.sum(0) for local, counts in routing.items()}
-    wanting = {f"{local}.{expert}" for local, tokens in natural.items() for expert in (tokens < floor).nonzero().flatten().tolist()}
+    wanting = unfed(natural, floor)
     more: dict[str, InputStats] = {}
     waiting = iter(zip(reserve.streams, reserve.states, strict=True))
 
@@ -68,6 +76,11 @@ def collect(
     return BlockStatistics(inputs, more, routing, topped_up)
 
 
+def unfed(natural: Mapping[str, Tensor], floor: int) -> set[str]:
+    """Experts below the floor, by local name."""
+    return {f"{local}.{expert}" for local, tokens in natural.items() for expert in (tokens < floor).nonzero().flatten().tolist()}
+
+
 def added(ours: Mapping[str, InputStats], theirs: Mapping[str, InputStats]) -> dict[str, InputStats]:
     """Sums of both, linear by linear; a sum that one of the two lacks is not there."""
     return {**ours, **{local: _plus(ours[local], one) if local in ours else one for local, one in theirs.items()}}
@@ -77,7 +90,8 @@ def _plus(one: Any, other: Any) -> Any:
     if one is None or other is None:
         return None
     if isinstance(one, InputStats):
-        return InputStats(*(_plus(getattr(one, part.name), getattr(other, part.name)) for part in fields(InputStats)))
+        sums = {part.name: _plus(getattr(one, part.name), getattr(other, part.name)) for part in fields(InputStats)}
+        return InputStats(**{**sums, "held": one.held})  # what is kept for judging stays the calibration set's own
     return one + other
 
 

@@ -1,14 +1,27 @@
-"""What every linear of an open block is fed: counts, |x|, x^2 and x x^T over the calibration tokens, summed in fp32."""
+"""What the linears of an open block are fed: counts, |x|, x^2 and x x^T over the calibration tokens, summed in fp32.
 
-from collections.abc import Callable, Container
+Beside the block as it is quantized the original may run on its own stream, token by token in step: then the sums hold, too, what the
+inputs have drifted by. Experts are paired by the original's routing.
+"""
+
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from quantkit.model.blocks import State, Stream
 from quantkit.model.experts import is_experts
-from quantkit.types import InputStats
+from quantkit.types import Batch, InputStats
+
+HELD = 20  # every twentieth row is held back, for judging
+
+
+class _Enough(Exception):
+    """Leaves a block's forward once everything that is wanted has been seen."""
 
 
 class _Sums:
@@ -16,75 +29,304 @@ class _Sums:
         self.tokens = 0
         self.abs, self.square = torch.zeros(width), torch.zeros(width)
         self.gram = torch.zeros(width, width) if gram else None
+        self.drift: Tensor | None = None
+        self.residual: Tensor | None = None
 
-    def add(self, x: Tensor) -> None:
+    def add(self, x: Tensor, weight: Tensor | None, original: Tensor | None, lacking: Tensor | None) -> None:
         x = x.float()
         self.tokens += len(x)
         self.abs += x.abs().sum(0)
-        self.square += x.square().sum(0)
-        if self.gram is not None:
-            self.gram.addmm_(x.T, x)  # in place: there is never a second Gram
+        weighted = x if weight is None else x * weight.float()[:, None]
+        self.square += (x * weighted).sum(0)
+        if self.gram is None:
+            return
+        self.gram.addmm_(x.T, weighted)  # in place: there is never a second Gram
+        if original is not None:
+            self.drift = torch.zeros_like(self.gram) if self.drift is None else self.drift
+            self.drift.addmm_((original.float() - x).T, weighted)
+        if lacking is not None:
+            self.residual = torch.zeros(lacking.shape[-1], x.shape[-1]) if self.residual is None else self.residual
+            self.residual.addmm_(lacking.float().T, weighted)
 
-    def frozen(self) -> InputStats:
-        return InputStats(self.tokens, self.abs, self.square, self.gram)
+    def frozen(self, held: "InputStats | None" = None) -> InputStats:
+        return InputStats(self.tokens, self.abs, self.square, self.gram, self.drift, self.residual, held)
+
+
+@dataclass(frozen=True, slots=True)
+class _Seen:
+    """One linear's input in one run: of all tokens, or of an expert's."""
+
+    local: str  # "experts.*.gate_proj": all experts' gate and up, one row for each token and expert
+    x: Float[Tensor, "rows in"]
+    token: Int[Tensor, " rows"] | None = None
+    weight: Float[Tensor, " rows"] | None = None  # squared routing weight
+    gram: bool = True
+
+
+@dataclass(slots=True)
+class _Run:
+    """What one run of a block showed."""
+
+    seen: list[_Seen] = field(default_factory=list)
+    residual: dict[str, Tensor] = field(default_factory=dict)  # what each norm was given
+    routing: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
 
 def observe(
-    stream: Stream, block: nn.Module, state: State, wanted: Container[str] | None = None, move: bool = False
+    stream: Stream,
+    block: nn.Module,
+    state: State,
+    wanted: Container[str] | None = None,
+    *,
+    move: bool = False,
+    grams: bool = True,
+    held: bool = False,
+    beside: tuple[nn.Module, State] | None = None,
+    residual: Mapping[str, str] | None = None,
 ) -> dict[str, InputStats]:
-    """Statistics of every linear and expert of the open block, by local name, padding left out.
+    """Statistics of linears and experts of the open block, by local name, padding (and prompts, where the recipe ignores them) left out.
 
-    Linears that are given one tensor (q, k, v; gate, up) share one InputStats. An expert's gate and up have no Gram: one for each expert
-    would be the size of the model; its down has. Experts that no token reached are there, with zero tokens.
+    Linears that are given one tensor (q, k, v; gate, up) share one InputStats. An expert's gate and up have no Gram of their own, which
+    would be the size of the model; one of all experts together stands under "experts.*.gate_proj" and "experts.*.up_proj". Experts that
+    no token reached are there, with zero tokens.
 
     Args:
-        wanted: local names of the linears to watch; None is all of them. Experts are always watched.
-        move: leave `state` behind the block, as `stream.advance` would; otherwise it stays.
+        wanted: local names of the linears to watch; None is all of them.
+        move: leave `state` behind the block, as `stream.advance` would; otherwise it stays, and a run ends with the last wanted linear.
+        grams: False: diagonals only.
+        held: keep every twentieth row apart, as `InputStats.held`.
+        beside: the original block and its state: sums of the drift, too; with `move` it is this state that moves.
+        residual: linear -> the norm that reads the residual stream where the linear adds to it: sums of what the stream lacks there.
     """
-    sums: dict[str, _Sums] = {}
-    same: dict[str, str] = {}
-    real: Tensor = torch.empty(0)
-    last: tuple[Tensor | None, str] = (None, "")
-    handles = []
+    tap, other = _Tap(block, wanted, residual or {}), None
+    if beside is not None:
+        other = _Tap(beside[0], wanted, residual or {})
+    sums: dict[tuple[str, bool], _Sums] = {(local, False): _Sums(width, gram and grams) for local, width, gram in tap.experts()}
+    rows = 0
+    with tap.attached(), other.attached() if other is not None else _nothing():
+        for number, batch in enumerate(stream.batches):
+            pair = None
+            if other is not None and beside is not None:
+                pair, out = other.run(stream, beside[1], number, whole=move)
+                if move:
+                    assert out is not None
+                    beside[1].hidden[number] = out
+            run, out = tap.run(stream, state, number, whole=move and other is None, routing=pair.routing if pair else None)
+            if move and other is None:
+                assert out is not None
+                state.hidden[number] = out
+            _add(sums, run, pair, batch, rows if held else None, residual or {}, grams)
+            rows += len(batch.ids)
+    stats = {
+        local: one.frozen(sums[local, True].frozen() if (local, True) in sums else None) for (local, back), one in sums.items() if not back
+    }
+    return stats | {local: stats[first] for local, first in tap.same.items() if first in stats}
 
-    def on_linear(local: str) -> Callable[..., None]:
+
+def _add(
+    sums: dict[tuple[str, bool], _Sums],
+    run: _Run,
+    pair: _Run | None,
+    batch: Batch,
+    rows: int | None,
+    residual: Mapping[str, str],
+    grams: bool,
+) -> None:
+    """One batch's inputs into the sums; `rows`: how many rows came before, where some are held back."""
+    real = batch.counted.reshape(-1)
+    back = torch.zeros_like(batch.real)
+    if rows is not None:
+        back[(torch.arange(len(back)) + rows) % HELD == HELD - 1] = True
+    back = back.reshape(-1)
+    for number, seen in enumerate(run.seen):
+        original = pair.seen[number].x if pair is not None else None
+        lacking = None
+        if pair is not None and (norm := residual.get(seen.local)):
+            lacking = pair.residual[norm].float() - run.residual[norm].float()
+        for hold in (False, True):
+            of_token = real & (back == hold)
+            chosen = of_token if seen.token is None else of_token[seen.token]
+            if hold and not bool(chosen.any()):
+                continue
+            part = sums.setdefault((seen.local, hold), _Sums(seen.x.shape[-1], seen.gram and grams))
+            part.add(
+                seen.x[chosen],
+                None if seen.weight is None else seen.weight[chosen],
+                None if original is None else original[chosen],
+                None if lacking is None else lacking[chosen],
+            )
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+class _Tap:
+    """Hooks on a block that record its linears' inputs, run by run."""
+
+    def __init__(self, block: nn.Module, wanted: Container[str] | None, residual: Mapping[str, str]):
+        self.block = block
+        self.same: dict[str, str] = {}
+        self._linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and (wanted is None or n in wanted)}
+        self._norms = {norm for local, norm in residual.items() if local in self._linears}
+        self._experts: dict[str, tuple[nn.Module, bool, bool]] = {}
+        for name, module in block.named_modules():
+            if is_experts(module):
+                inputs = wanted is None or f"{name}.0.gate_proj" in wanted or f"{name}.0.up_proj" in wanted
+                inner = wanted is None or f"{name}.0.down_proj" in wanted
+                if inputs or inner:
+                    self._experts[name] = module, inputs, inner
+        self._all = wanted is None  # then a run goes to the end: who calls a linear twice is seen twice
+        self._run, self._whole = _Run(), True
+        self._left: set[str] = set()
+        self._last: tuple[Tensor | None, str] = (None, "")
+        self._of_router: tuple[Tensor, Tensor] | None = None
+        for name, (module, inputs, _) in self._experts.items():
+            if inputs:
+                for expert in range(len(module.down_proj)):  # type: ignore[arg-type]
+                    self.same[f"{name}.{expert}.up_proj"] = f"{name}.{expert}.gate_proj"
+                self.same[f"{name}.*.up_proj"] = f"{name}.*.gate_proj"
+
+    def experts(self) -> Iterator[tuple[str, int, bool]]:
+        """(local name, width, has a Gram) of everything that experts are fed, whether a token comes or not."""
+        for name, (module, inputs, inner) in self._experts.items():
+            count, hidden, width = module.down_proj.shape  # type: ignore[union-attr, misc]
+            for expert in range(int(count)):
+                if inputs:
+                    yield f"{name}.{expert}.gate_proj", int(hidden), False
+                if inner:
+                    yield f"{name}.{expert}.down_proj", int(width), True
+
+    def run(
+        self, stream: Stream, state: State, batch: int, whole: bool, routing: Mapping[str, tuple[Tensor, Tensor]] | None = None
+    ) -> tuple[_Run, Tensor | None]:
+        """One batch through the block; its output where it is run to the end."""
+        self._run, self._last, self._whole = _Run(), (None, ""), whole or self._all
+        self._left = {*self._linears}
+        for name, (_, inputs, inner) in self._experts.items():
+            self._left |= {f"{name} in"} if inputs else set()
+            self._left |= {f"{name} out"} if inner else set()
+        for name, (module, _, _) in self._experts.items():
+            module.routing = routing.get(name) if routing else None  # type: ignore[assignment]
+        try:
+            return self._run, stream.run(self.block, state, batch)
+        except _Enough:
+            return self._run, None
+
+    @contextmanager
+    def attached(self) -> Iterator[None]:
+        handles = [module.register_forward_pre_hook(self._on_linear(local)) for local, module in self._linears.items()]
+        handles += [self.block.get_submodule(norm).register_forward_pre_hook(self._on_norm(norm)) for norm in self._norms]
+        for name, (module, inputs, inner) in self._experts.items():
+            handles.append(module.register_forward_pre_hook(self._on_experts(name, inputs, inner)))
+            if inner:
+                module.watcher = self._on_expert(name)  # type: ignore[assignment]
+                handles.append(module.register_forward_hook(lambda *_, name=name: self._saw(f"{name} out")))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+            for module, _, _ in self._experts.values():
+                module.__dict__.pop("watcher", None)
+                module.__dict__.pop("routing", None)
+
+    def _saw(self, what: str) -> None:
+        self._left.discard(what)
+        if not self._left and not self._whole:
+            raise _Enough
+
+    def _on_linear(self, local: str) -> Callable[..., None]:
         def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
-            nonlocal last
-            if last[0] is args[0]:
-                same[local] = last[1]
-                return
-            last = (args[0], local)
-            x = args[0].reshape(-1, args[0].shape[-1])
-            sums.setdefault(local, _Sums(x.shape[-1], gram=True)).add(x[real])
+            if self._last[0] is args[0]:
+                self.same[local] = self._last[1]
+            else:
+                self._last = (args[0], local)
+                self._run.seen.append(_Seen(local, args[0].reshape(-1, args[0].shape[-1])))
+            self._saw(local)
 
         return hook
 
-    def on_expert(local: str) -> Callable[[str, int, Tensor, Tensor], None]:
+    def _on_norm(self, name: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            self._run.residual[name] = args[0].reshape(-1, args[0].shape[-1])
+
+        return hook
+
+    def _on_experts(self, name: str, inputs: bool, inner: bool) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            hidden, index, weights = args
+            pinned = module.__dict__.get("routing")
+            index, weights = pinned or (index, weights)
+            self._of_router = index, weights
+            self._run.routing[name] = index, weights
+            if inputs:
+                squared = weights.float().square()
+                everyone = torch.arange(len(hidden))
+                self._run.seen.append(_Seen(f"{name}.*.gate_proj", hidden, everyone, squared.sum(-1)))
+                for expert in index.unique().tolist():
+                    token, slot = torch.where(index == expert)
+                    self._run.seen.append(_Seen(f"{name}.{expert}.gate_proj", hidden[token], token, squared[token, slot], gram=False))
+                self._saw(f"{name} in")
+
+        return hook
+
+    def _on_expert(self, name: str) -> Callable[[str, int, Tensor, Tensor], None]:
         def watch(leaf: str, expert: int, token: Tensor, x: Tensor) -> None:
-            sums[f"{local}.{expert}.{leaf}"].add(x[real[token]])
+            if leaf == "down_proj" and self._of_router is not None:
+                index, weights = self._of_router
+                weight = (weights[token].float().square() * (index[token] == expert)).sum(-1)
+                self._run.seen.append(_Seen(f"{name}.{expert}.down_proj", x, token, weight))
 
         return watch
 
-    for local, module in block.named_modules():
-        if isinstance(module, nn.Linear) and (wanted is None or local in wanted):
-            handles.append(module.register_forward_pre_hook(on_linear(local)))
-        elif is_experts(module):
-            module.watcher = on_expert(local)  # type: ignore[assignment]
-            count, hidden, width = module.down_proj.shape  # type: ignore[union-attr, misc]
-            for expert in range(int(count)):
-                sums[f"{local}.{expert}.gate_proj"] = _Sums(int(hidden), gram=False)
-                sums[f"{local}.{expert}.down_proj"] = _Sums(int(width), gram=True)
-                same[f"{local}.{expert}.up_proj"] = f"{local}.{expert}.gate_proj"
+
+def sensitivity(stream: Stream, block: nn.Module, state: State, wanted: Iterable[str], seed: int = 0) -> dict[str, Float[Tensor, " out"]]:
+    """How much each output row of some linears moves the block's output: mean square, by one random probe through one batch.
+
+    The gradient of z . block(h) for random signs z has, in each linear's output, the expected square of the Jacobian's column
+    (Hutchinson's estimator). Relative to the mean over all rows of all linears, so that only proportions count.
+    """
+    batch = len(stream.batches) // 2  # batches lie from long to short rows
+    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
+    outputs: list[tuple[str, Tensor, Bool[Tensor, " rows"]]] = []
+    real = stream.batches[batch].counted.reshape(-1)
+
+    def grown(local: str, out: Tensor, chosen: Tensor) -> Tensor:
+        out = out if out.requires_grad else out.requires_grad_(True)
+        outputs.append((local, out, chosen))
+        return out
+
+    handles, names = [], set(wanted)
+    for local, module in linears.items():
+        if local in names:
+            handles.append(module.register_forward_hook(lambda m, a, out, local=local: grown(local, out, real)))
+    experts = {name: module for name, module in block.named_modules() if is_experts(module)}
+    for name, module in experts.items():
+        module.tap = lambda leaf, expert, token, out, name=name: grown(f"{name}.{expert}.{leaf}", out, real[token])  # type: ignore[assignment]
     try:
-        for number, batch in enumerate(stream.batches):
-            real, last = batch.real.reshape(-1), (None, "")
-            out = stream.run(block, state, number)
-            if move:
-                state.hidden[number] = out
+        with torch.enable_grad():
+            out = stream.run(block, state.fork(), batch, grad=True)
+            signs = torch.randint(0, 2, out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype) * 2 - 1
+            gradients = torch.autograd.grad((out * signs).sum(), [one for _, one, _ in outputs], allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
-        for module in block.modules():
-            module.__dict__.pop("watcher", None)
-    stats = {local: s.frozen() for local, s in sums.items()}
-    return stats | {local: stats[other] for local, other in same.items()}
+        for module in experts.values():
+            module.__dict__.pop("tap", None)
+    found: dict[str, Tensor] = {}
+    for (local, _, chosen), gradient in zip(outputs, gradients, strict=True):
+        if gradient is None:
+            continue
+        flat = gradient.reshape(-1, gradient.shape[-1])[: len(chosen)][chosen].float()  # experts' rows may be padded behind
+        if not len(flat):
+            continue
+        stem, _, leaf = local.rpartition(".")
+        mean = flat.square().mean(0)
+        if leaf == "gate_up_proj":
+            found[f"{stem}.gate_proj"], found[f"{stem}.up_proj"] = mean.chunk(2)
+        else:
+            found[local] = mean
+    total = sum(float(v.sum()) for v in found.values()) / max(1, sum(len(v) for v in found.values()))
+    return {local: value / total if total else torch.ones_like(value) for local, value in found.items() if local in names}

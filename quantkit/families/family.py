@@ -31,6 +31,8 @@ class Family:
     norm_offset: float = 0.0  # a norm multiplies by (offset + weight)
     on_disk: Mapping[str, str] = field(default_factory=dict)  # local name -> name in the published files, where they differ
     fused: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # 3-D tensor -> the linears in its rows, in order
+    # linear whose output is added to the residual as it is -> the norm that reads the residual at that point
+    residual: Mapping[str, str] = field(default_factory=dict)
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -54,6 +56,10 @@ PER_LAYER_INPUTS = ("per_layer_input_gate.weight", "per_layer_projection.weight"
 PER_LAYER_EMBEDDINGS = ("embed_tokens_per_layer.weight", "per_layer_model_projection.weight", "per_layer_projection_norm.weight")
 IGNORE_PER_LAYER = r"re:.*\.?per_layer_(input_gate|projection|model_projection)$"
 IGNORE_TOWERS = r"re:.*(vision_tower|audio_tower|vision_model|multi_modal_projector|embed_vision|embed_audio)\b.*"
+
+# The order of computation inside a block, by leaf name: linears of one stage do not see each other's outputs.
+STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+PLAIN_RESIDUAL = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
 
 # Linears that serving engines store as one matrix: they must share a scheme (contract: vLLM refuses a mixed q, k, v).
 SERVED_AS_ONE = (QKV, GATE_UP)

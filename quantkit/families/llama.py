@@ -1,6 +1,6 @@
 """Llama and Mistral; Qwen2 (with biases) and Qwen3 (with norms on queries and keys): one block, one table."""
 
-from quantkit.families.family import ATTENTION, ENDS, GATE_UP, MLP, QKV, UP_TO_DOWN, VALUES_TO_OUTPUT, Family, Fold
+from quantkit.families.family import ATTENTION, ENDS, GATE_UP, MLP, PLAIN_RESIDUAL, QKV, UP_TO_DOWN, VALUES_TO_OUTPUT, Family, Fold
 
 FAMILY = Family(
     name="llama",
@@ -22,4 +22,5 @@ FAMILY = Family(
     ),
     outside=ENDS,
     ignore=("lm_head",),
+    residual=PLAIN_RESIDUAL,
 )

@@ -1,6 +1,6 @@
 """Mixtral (8x7B, 8x22B): experts are published as block_sparse_moe.experts.N.w1 (gate), w3 (up) and w2 (down)."""
 
-from quantkit.families.family import ATTENTION, ENDS, QKV, VALUES_TO_OUTPUT, Family, Fold
+from quantkit.families.family import ATTENTION, ENDS, PLAIN_RESIDUAL, QKV, VALUES_TO_OUTPUT, Family, Fold
 
 EXPERT_GATE_UP = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 
@@ -25,4 +25,5 @@ FAMILY = Family(
     kept=("input_layernorm.weight", "post_attention_layernorm.weight", "mlp.gate.weight"),
     outside=ENDS,
     ignore=("lm_head", r"re:.*\.(mlp|block_sparse_moe)\.gate$"),
+    residual=PLAIN_RESIDUAL,
 )

@@ -1,6 +1,6 @@
 """Qwen3 with experts (30B-A3B, 235B-A22B); layers of mlp_only_layers are dense."""
 
-from quantkit.families.family import ATTENTION, ENDS, GATE_UP, MLP, QKV, UP_TO_DOWN, VALUES_TO_OUTPUT, Family, Fold
+from quantkit.families.family import ATTENTION, ENDS, GATE_UP, MLP, PLAIN_RESIDUAL, QKV, UP_TO_DOWN, VALUES_TO_OUTPUT, Family, Fold
 
 EXPERT_GATE_UP = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
 
@@ -27,4 +27,5 @@ FAMILY = Family(
     ),
     outside=ENDS,
     ignore=("lm_head", r"re:.*\.mlp\.gate$"),
+    residual=PLAIN_RESIDUAL,
 )

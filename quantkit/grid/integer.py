@@ -4,6 +4,8 @@ Codes are signed, -2^(b-1) .. 2^(b-1)-1, as compressed-tensors stores them; ONNX
 that is stored *before* codes are chosen, so that what is searched is what is served.
 """
 
+import itertools
+
 import torch
 from jaxtyping import Float, Int8, Int32
 from torch import Tensor
@@ -37,7 +39,7 @@ def extremes_to_params(
 def storable(scale: Float[Tensor, "*batch"], dtype: torch.dtype) -> Float[Tensor, "*batch"]:
     """The scale as it will be stored, in fp32; a group of zeros gets the scale 1, never 0."""
     stored = scale.to(dtype).float()
-    return torch.where(stored.abs() < SMALLEST_SCALE, torch.ones(()), stored)
+    return torch.where(stored.abs() < SMALLEST_SCALE, 1.0, stored)
 
 
 def encode(
@@ -117,6 +119,41 @@ def to_codes(
         scheme=scheme,
         columns=columns,
     )
+
+
+def on_grid(weight: Float[Tensor, "out in"], scheme: Scheme, dtype: torch.dtype) -> Codes | None:
+    """The codes that give this weight back to the last bit, where every group of it lies on a grid already (quantization-aware training).
+
+    A group's step is its largest magnitude over a whole number, but for the last bit: each is tried, and the codes must decode to the
+    stored weight.
+    """
+    columns = weight.shape[1]
+    bottom, top = limits(scheme.bits)
+    if scheme.bits > 4:  # so many steps fit that nearly every group of 32 would have to be searched; plain rounding is as good
+        return None
+    for rows in (slice(0, 4), slice(None)):  # a few rows tell most weights off
+        stored = weight[rows]
+        grouped = stored.float().view(len(stored), -1, scheme.width(columns))
+        largest = grouped.abs().amax(-1)
+        best, best_zero = torch.ones_like(largest), torch.zeros_like(largest)
+        found = largest == 0
+        signs = (1, -1) if scheme.signed else (1,)
+        nudges = [step * torch.finfo(dtype).eps for step in (0, 0.5, -0.5, 1, -1)]
+        for steps, sign, nudge in itertools.product(range(1, top - bottom + 1), signs, nudges):
+            scale = storable((sign * largest / steps).double() * (1 + nudge), dtype)
+            codes = (grouped / scale[..., None]).round_()
+            low, high = codes.amin(-1), codes.amax(-1)
+            zero = torch.zeros_like(low) if scheme.symmetric else (bottom - low).clamp(bottom, top)
+            fits = (low + zero >= bottom) & (high + zero <= top)
+            exact = ((codes * scale[..., None]).to(weight.dtype) == stored.view(grouped.shape)).all(-1)
+            wins = fits & exact & ~found
+            best, best_zero = torch.where(wins, scale, best), torch.where(wins, zero, best_zero)
+            found |= wins
+            if bool(found.all()):
+                break
+        if not bool(found.all()):
+            return None
+    return to_codes(weight.float(), best, None if scheme.symmetric else best_zero, scheme, dtype)
 
 
 def from_codes(codes: Codes) -> Float[Tensor, "out in"]:

@@ -117,6 +117,7 @@ class Skeleton:
         self.model = hollow_model(checkpoint.config, checkpoint.folder, dtype)
         decoder = self.model.get_decoder()
         self.blocks: list[nn.Module] = list(decoder.layers)
+        self.open = 0  # the block that is filled
         self._prefix = next(name for name, module in self.model.named_modules() if module is decoder.layers) + "."
         for block in self.blocks:
             experts.check_experts(block)
@@ -135,7 +136,7 @@ class Skeleton:
     @contextmanager
     def block(self, index: int) -> Iterator[nn.Module]:
         """One decoder block with its weights: mapped pages where the file's dtype is the model's. Edits stay in memory."""
-        prefix = f"{self._prefix}{index}."
+        prefix, self.open = f"{self._prefix}{index}.", index
         empty = {n: torch.empty_like(t, device="meta") for n, t in self.model.state_dict().items() if n.startswith(prefix)}
         try:
             self._fill([target for target in self._sources if target.startswith(prefix)])
@@ -143,6 +144,11 @@ class Skeleton:
         finally:
             for name, tensor in empty.items():
                 self._put(name, tensor)
+
+    @staticmethod
+    def twin(block: nn.Module) -> nn.Module:
+        """The open block a second time, its weights shared until one of the two is given others (a parameter set, not written)."""
+        return copy.deepcopy(block, {id(tensor): tensor for tensor in (*block.parameters(), *block.buffers())})
 
     def _find_sources(self) -> dict[str, _Recipe]:
         """Which checkpoint tensors make each tensor of the model: the loop of from_pretrained, on names alone."""
@@ -250,15 +256,21 @@ class Stream:
         hidden = (self._arguments(b, 0)[0] for b in range(len(self.batches)))
         return State(Activations(hidden, self.skeleton.memory), [{} for _ in self.batches])
 
-    @torch.no_grad()
-    def run(self, block: nn.Module, state: State, batch: int) -> Tensor:
-        """The open block's output for one batch; the hidden states do not move. Running twice is safe."""
-        index = self.skeleton.blocks.index(block)
-        _, args, kwargs = self._arguments(batch, index)
+    def run(self, block: nn.Module, state: State, batch: int, grad: bool = False, dtype: torch.dtype | None = None) -> Tensor:
+        """The open block's (or its twin's) output for one batch; the hidden states do not move. Running twice is safe.
+
+        `dtype`: of all that the block is given, where it computes in another precision than the model.
+        """
+        with torch.no_grad():
+            _, args, kwargs = self._arguments(batch, self.skeleton.open)
         # dict arguments (shared keys and values) are written by some blocks and read by later ones: one dict for each batch and state
         shared = state.shared[batch]
         kwargs = {k: shared.setdefault(k, copy.copy(v)) if isinstance(v, (dict, UserDict)) else v for k, v in kwargs.items()}
-        out = block(state.hidden[batch], *args, **kwargs)
+        hidden = state.hidden[batch]
+        if dtype is not None:
+            hidden, args, kwargs = _cast((hidden, args, kwargs), dtype)
+        with torch.set_grad_enabled(grad):
+            out = block(hidden, *args, **kwargs)
         if not torch.is_tensor(out) or out.shape != state.hidden[batch].shape:
             raise FamilyError(f"{type(block).__name__} does not return hidden states of the shape it was given: it cannot be streamed")
         return out
@@ -327,6 +339,17 @@ class Stream:
         finally:
             for block in blocks:
                 del block.forward
+
+
+def _cast(value: Any, dtype: torch.dtype) -> Any:
+    """Every float tensor within, in another precision."""
+    if torch.is_tensor(value):
+        return value.to(dtype) if value.is_floating_point() else value
+    if isinstance(value, (tuple, list)):
+        return type(value)(_cast(one, dtype) for one in value)
+    if isinstance(value, (dict, UserDict)):
+        return type(value)({key: _cast(one, dtype) for key, one in value.items()})
+    return value
 
 
 def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:

@@ -1,7 +1,7 @@
 """Fused experts as linears. The only file that knows how transformers 5 lays experts out: (experts, 2 x width, hidden), gate over up.
 
 One forward serves every experts class of transformers (they all go through its experts interface), computes what the default
-grouped_mm computes, and shows each expert's inputs to whoever watches.
+grouped_mm computes, shows each expert's inputs to whoever watches, and can be held to another run's routing.
 """
 
 import re
@@ -19,6 +19,7 @@ IMPLEMENTATION = "quantkit"
 # expert's tokens are padded with zero rows to a multiple of this, so that a run meets tens of shapes and not thousands.
 ROWS_STEP = 32
 Watcher = Callable[[str, int, Tensor, Tensor], None]  # (linear's leaf name, expert, token indices, inputs)
+Tap = Callable[[str, int, Tensor, Tensor], Tensor]  # (weight's leaf name, expert, token indices, outputs) -> outputs
 _EXPERT = re.compile(r"(.*experts)\.(\d+)\.(gate|up|down)_proj")
 
 
@@ -30,6 +31,10 @@ def experts_forward(
 ) -> Float[Tensor, "tokens hidden"]:
     """Each expert on the tokens routed to it; rounds where grouped_mm rounds: output x routing weight in the model's dtype, sum in fp32."""
     watcher: Watcher | None = getattr(experts, "watcher", None)
+    tap: Tap = getattr(experts, "tap", _untouched)
+    read: Callable[[str, int], Tensor] = getattr(experts, "reader", None) or (lambda leaf, expert: getattr(experts, leaf)[expert])
+    if pinned := getattr(experts, "routing", None):  # another run's choice of experts
+        index, weights = pinned
     total = torch.zeros_like(hidden, dtype=torch.float32)
     step = ROWS_STEP if hidden.device.type == "cpu" and hidden.dtype != torch.float32 else 1
     for expert in index.unique().tolist():
@@ -39,12 +44,16 @@ def experts_forward(
         if watcher:
             watcher("gate_proj", expert, token, x)
         x = nn.functional.pad(x, (0, 0, 0, -count % step))
-        x = experts._apply_gate(nn.functional.linear(x, experts.gate_up_proj[expert]))  # type: ignore[operator, index]
+        x = experts._apply_gate(tap("gate_up_proj", expert, token, nn.functional.linear(x, read("gate_up_proj", expert))))  # type: ignore[operator]
         if watcher:
             watcher("down_proj", expert, token, x[:count])
-        x = nn.functional.linear(x, experts.down_proj[expert])[:count]  # type: ignore[index]
-        total.index_add_(0, token, (x * weights[token, slot, None]).float())
+        x = tap("down_proj", expert, token, nn.functional.linear(x, read("down_proj", expert)))[:count]
+        total = total.index_add(0, token, (x * weights[token, slot, None]).float())
     return total.to(hidden.dtype)
+
+
+def _untouched(leaf: str, expert: int, token: Tensor, out: Tensor) -> Tensor:
+    return out
 
 
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
@@ -86,6 +95,21 @@ def weight_of(block: nn.Module, local: str) -> Float[Tensor, "out in"] | None:
     except AttributeError:
         return None
     return module.weight.data if isinstance(module, nn.Linear) else None
+
+
+def replace_weight(block: nn.Module, local: str, value: Float[Tensor, "out in"]) -> None:
+    """Give a linear of a twin another weight; the tensor that it shared with the original is left alone. No module: nothing to do."""
+    if match := _EXPERT.fullmatch(local):
+        experts = block.get_submodule(match[1])
+        leaf = "down_proj" if match[3] == "down" else "gate_up_proj"
+        if leaf not in experts.__dict__.setdefault("replaced", set()):
+            setattr(experts, leaf, nn.Parameter(getattr(experts, leaf).detach().clone(), requires_grad=False))
+            experts.__dict__["replaced"].add(leaf)
+        weight = weight_of(block, local)
+        assert weight is not None
+        weight.copy_(value)
+    elif (old := weight_of(block, local)) is not None:
+        block.get_submodule(local).weight = nn.Parameter(value.to(old.dtype), requires_grad=False)
 
 
 def fuse(target: Tensor, parts: Sequence[Sequence[Callable[[], Tensor]]]) -> None:

@@ -31,6 +31,7 @@ def write_card(folder: Path, about: Json) -> None:
         serve_name=f"{about['model']}-{recipe['name']}",
         needs_conversion=about["family"] == "gemma4" and bool(schemes),
         snippet=len(schemes) == 1 and " sym " in next(iter(schemes)),
+        signed=any(row["scheme"].endswith(" signed") for _, row in rows),
         fused=recipe["experts_layout"] == "fused",
         versions=about["versions"],
         seed=recipe["calibration"]["seed"],

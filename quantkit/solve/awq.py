@@ -1,13 +1,14 @@
 """AWQ scales from statistics: no forward pass inside the search.
 
 A fold moves a scale s per channel from a producer (a norm's gain, a linear's rows) into the columns of its consumers. What it costs a
-consumer with weight W and input second moments h is sum_rj h_j (Q(W s)/s - W)_rj^2, the diagonal of tr(dW G dW^T); rounding errors of
-different channels are uncorrelated, so the diagonal picks as the full Gram does. Candidates follow AWQ (Lin et al. 2023, section 3.2)
-in its two-sided form: s = a^alpha / m^(1-alpha), a the mean |input|, m the mean magnitude of a column within its groups.
+consumer with weight W and input second moments h is sum_rj v_r h_j (Q(W s)/s - W)_rj^2 (v: how much a row matters to what comes
+after), the diagonal of tr(dW G dW^T); rounding errors of different channels are uncorrelated, so the diagonal picks as the full Gram
+does. Candidates follow AWQ (Lin et al. 2023, section 3.2) in its two-sided form: s = a^alpha / m^(1-alpha), a the mean |input|, m the
+mean magnitude of a column within its groups.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from jaxtyping import Float
@@ -17,15 +18,17 @@ from quantkit.solve import ranges
 from quantkit.types import FoldReport, Scheme
 
 CLIPS_IN_SEARCH = 4  # a candidate is judged with its ranges searched, coarsely
+CHUNK = 1 << 21  # weights at a time
 WIDEST = 2.0**10  # a scale beyond this would leave a norm without resolution
 
 
 @dataclass(frozen=True, slots=True)
 class Consumer:
-    """One linear that reads a fold's channels, on the rows that the search judges."""
+    """Linears of one scheme that read a fold's channels, on the rows that the search judges."""
 
     weight: Float[Tensor, "rows in"]
-    importance: Float[Tensor, " in"]  # second moment of the inputs, times tokens, times rows of the matrix a judged row stands for
+    # second moment of the inputs, times tokens, times how much a row matters; one row where all rows have the same
+    importance: Float[Tensor, "#rows in"]
     scheme: Scheme
     dtype: torch.dtype
 
@@ -134,9 +137,15 @@ def _magnitude(consumers: Sequence[Consumer]) -> Float[Tensor, " in"]:
 
 
 def _loss(consumer: Consumer, scale: Float[Tensor, " in"]) -> float:
+    """Ranges are searched coarsely and with one sign only: enough to rank scales."""
     rows, columns = consumer.weight.shape
     width = consumer.scheme.width(columns)
-    grouped = (consumer.weight * scale).view(rows, -1, width)
-    importance = (consumer.importance / scale.square()).view(1, -1, width)
-    *_, error = ranges.search(grouped, importance, consumer.scheme, consumer.dtype, CLIPS_IN_SEARCH)
-    return float(error.sum(dtype=torch.float64))
+    scheme = replace(consumer.scheme, signed=False)
+    total, step = 0.0, max(1, CHUNK // columns)
+    for start in range(0, rows, step):
+        grouped = (consumer.weight[start : start + step] * scale).view(-1, columns // width, width)
+        own = consumer.importance if len(consumer.importance) == 1 else consumer.importance[start : start + step]
+        importance = (own / scale.square()).view(-1, columns // width, width)
+        *_, error = ranges.search(grouped, importance, scheme, consumer.dtype, CLIPS_IN_SEARCH, refits=1)
+        total += float(error.sum(dtype=torch.float64))
+    return total

@@ -1,58 +1,28 @@
-"""Solve one decoder block: folds first, then ranges, then codes. Pure: tensors and sums in, codes and folded tensors out."""
+"""Solve linears on their grids: targets first, then ranges and codes, then the guard. Pure: tensors and sums in, codes out.
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+A block is solved in stages, in the order of computation, so that each stage's statistics are of inputs that already carry the earlier
+stages' rounding. `solve_block` does it in one, from statistics of the whole block.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
-from quantkit.grid.integer import from_codes, to_codes
-from quantkit.solve import awq, ranges
+from quantkit.grid.integer import from_codes, on_grid, pack, to_codes
+from quantkit.solve import ranges
+from quantkit.solve.folds import Folding, choose_folds, plainly_rounded
 from quantkit.solve.pooling import Pooled, kind
-from quantkit.types import BlockPlan, Codes, Effort, Fold, FoldReport, InputStats, Linear, Scheme, Solved, SolvedBlock
+from quantkit.solve.rounding import Rounded, compensated, descend, factor
+from quantkit.solve.targets import Target, loss
+from quantkit.types import BlockPlan, Codes, Effort, InputStats, Linear, Scheme, Solved, SolvedBlock
 
 JUDGED_ROWS = 512  # rows of a matrix on which its output error is measured
-EXPERT_ROWS = 32  # rows of each expert on which a scale that all experts share is judged
+JUDGED_EXPERT_ROWS = 64
 CHUNK = 1 << 20  # weights at a time in the range search: temporaries stay in the cache
-
-
-@dataclass(slots=True)
-class _Block:
-    """A block while it is solved: what is given, and what the folds chose so far do to it (W' = W * columns / rows)."""
-
-    linears: dict[str, Linear]
-    weights: Mapping[str, Tensor]
-    kept: Mapping[str, Tensor]
-    inputs: Pooled
-    norm_offset: float
-    columns: dict[str, Float[Tensor, " in"]] = field(default_factory=dict)
-    rows: dict[str, Float[Tensor, " out"]] = field(default_factory=dict)
-    folded: dict[str, Tensor] = field(default_factory=dict)
-
-    def scheme(self, local: str) -> Scheme:
-        scheme = self.linears[local].scheme
-        assert scheme is not None
-        return scheme
-
-    def scaled(self, local: str, part: slice) -> Float[Tensor, "rows in"]:
-        """Some rows of a linear's weight under the folds, fp32."""
-        weight = self.weights[local][part].float()
-        if local in self.columns:
-            weight = weight * self.columns[local]
-        if local in self.rows:
-            weight = weight / self.rows[local][part, None]
-        return weight
-
-    def unscaled(self, local: str, codes: Codes, judged: Int[Tensor, " rows"]) -> Float[Tensor, "rows in"]:
-        """Some rows of the quantized weight with the folds taken back: comparable with the original weight."""
-        zero = None if codes.zero is None else codes.zero[judged]
-        weight = from_codes(Codes(codes.packed[judged], codes.scale[judged], zero, codes.scheme, codes.columns))
-        if local in self.rows:
-            weight *= self.rows[local][judged, None]
-        if local in self.columns:
-            weight /= self.columns[local]
-        return weight
+STACK = 1 << 24  # weights at a time under compensation: tall enough that products dominate
 
 
 def solve_block(
@@ -63,7 +33,7 @@ def solve_block(
     norm_offset: float,
     effort: Effort,
 ) -> SolvedBlock:
-    """All linears of a block on their grids.
+    """All linears of a block on their grids, from one set of statistics.
 
     Args:
         plan: the block's linears, with their schemes, and its legal folds.
@@ -77,117 +47,161 @@ def solve_block(
     Returns:
         codes of every linear with a scheme, and the kept tensors that a fold changed (in their own dtype).
     """
-    linears = {linear.local: linear for linear in plan.linears if linear.scheme is not None}
-    block = _Block(linears, weights, kept, Pooled(stats, effort.expert_floor), norm_offset)
-    reports = [report for fold in plan.folds if effort.folds and (report := _fold(block, fold, effort))]
-    solved = {}
-    for local in linears:
-        solved[local] = _quantize(block, local, effort.shrinks if local in block.inputs else 1)
-        stats.pop(local, None)
-    return SolvedBlock(plan.index, solved, block.folded, tuple(reports))
+    inputs = Pooled(stats, effort.expert_floor)
+    folding = choose_folds(plan, weights, kept, inputs, {}, norm_offset, effort)
+    solved = solve_linears([linear for linear in plan.linears if linear.scheme], weights, folding, inputs, effort, stats)
+    return SolvedBlock(plan.index, solved, folding.folded, tuple(folding.reports))
 
 
-def _fold(block: _Block, fold: Fold, effort: Effort) -> FoldReport | None:
-    """Choose one fold's scale and enter it where it acts: in linears' columns and rows, in norms, routers and biases."""
-    readers = [local for local in fold.consumers if local in block.linears and local in block.inputs]
-    if not readers:
-        return None
-    routers = [name for local in fold.consumers if local not in block.linears and (name := f"{local}.weight") in block.kept]
-    norm, bias = f"{fold.producer}.weight", f"{fold.producer}.bias"
-    from_norm = fold.producer not in block.linears
-    channels = len(block.kept[norm] if from_norm else block.weights[fold.producer])
-    exact = bool(routers) or bias in block.kept  # tensors that stay in bf16 take powers of two, which lose nothing
+def solve_linears(
+    linears: Sequence[Linear],
+    weights: Mapping[str, Tensor],
+    folding: Folding,
+    inputs: Pooled,
+    effort: Effort,
+    used_up: dict[str, InputStats] | None = None,
+) -> dict[str, Solved]:
+    """Some linears of a block, under folds that are already chosen.
 
-    def realize(scale: Tensor) -> Tensor:
-        scale = torch.exp2(scale.log2().round()) if exact else scale
-        return awq.norm_fold(block.kept[norm], block.norm_offset, scale)[1] if from_norm else scale
+    Args:
+        used_up: statistics to drop as soon as their linear is solved.
 
-    rows = EXPERT_ROWS if len(readers) > 1 and kind(readers[0]) else effort.rows
-    consumers, tokens, total = [], 0, torch.zeros(block.weights[readers[0]].shape[1])
-    for local in readers:
-        fed, weight = block.inputs[local], block.weights[local]
-        judged = awq.every_nth(weight, rows)
-        consumers.append(awq.Consumer(judged, fed.square * (len(weight) / len(judged)), block.scheme(local), weight.dtype))
-        tokens, total = tokens + fed.tokens, total + fed.abs
-    choice = awq.choose_scale(fold.producer, consumers, total / max(tokens, 1), channels, fold.head, effort.exponents, realize)
-    if choice.report.exponents is None:
-        return choice.report
-    if from_norm and not _holds(block, readers, choice.scale, effort):
-        return FoldReport(fold.producer, None, (1.0, 1.0), 1.0)
-    for local in readers:
-        block.columns[local] = awq.over_columns(choice.scale, block.weights[local].shape[1], fold.head)
-    for name in routers:
-        block.folded[name] = (block.kept[name].float() * choice.scale).to(block.kept[name].dtype)
-    if from_norm:
-        block.folded[norm] = awq.norm_fold(block.kept[norm], block.norm_offset, choice.scale)[0]
-    else:
-        block.rows[fold.producer] = choice.scale
-        if bias in block.kept:
-            block.folded[bias] = (block.kept[bias].float() / choice.scale).to(block.kept[bias].dtype)
-    return choice.report
-
-
-def _holds(block: _Block, readers: Sequence[str], scale: Float[Tensor, " in"], effort: Effort) -> bool:
-    """The diagonal proposed a scale for a norm; does it stand by the whole Gram? No reader may end above plain rounding.
-
-    Inputs with a mean or a few strong directions are where the two differ. Readers without a Gram (experts) are taken at the
-    diagonal's word.
+    Returns:
+        by local name; no linear is worse than plain rounding on the rows that its statistics hold back, unless a fold that others
+        gain by makes it so.
     """
-    for local in readers:
-        fed, scheme = block.inputs[local], block.scheme(local)
-        if fed.gram is None:
-            continue
-        original = awq.every_nth(block.weights[local], effort.rows)
-        dtype, width = block.weights[local].dtype, scheme.width(original.shape[1])
-        plainly = _plainly_rounded(original, scheme, dtype)
-        grouped = (original * scale).view(len(original), -1, width)
-        importance = (fed.square / scale.square()).view(1, -1, width)
-        best, zero, _ = ranges.search(grouped, importance, scheme, dtype, effort.shrinks)
-        searched = from_codes(to_codes(grouped.view_as(original), best, zero, scheme, dtype)) / scale
-        simple = _plainly_rounded(original * scale, scheme, dtype) / scale
-        allowed = _output_power(plainly - original, fed.square, fed.gram)
-        if min(_output_power(rounded - original, fed.square, fed.gram) for rounded in (searched, simple)) > allowed:
-            return False
-    return True
+    solved: dict[str, Solved] = {}
+    for group in _groups(linears, weights, folding, inputs, effort):
+        for local, codes, target in _rounded(group, weights, folding, inputs, effort):
+            solved[local] = _judged(local, codes, target, weights[local], folding, inputs, effort)
+        for task in group:
+            if used_up is not None:
+                used_up.pop(task.local, None)
+    return {linear.local: solved[linear.local] for linear in linears}
 
 
-def _quantize(block: _Block, local: str, shrinks: int) -> Solved:
-    """One linear under its folds: ranges, codes, and both errors of its output on some of its rows."""
-    weight, used = block.weights[local], local in block.inputs
-    square, gram = torch.ones(weight.shape[1]), None
-    if used:
-        fed = block.inputs[local]
-        square, gram = fed.square, fed.gram
-    judged = torch.linspace(0, len(weight) - 1, min(len(weight), JUDGED_ROWS)).round().long()
-    original = weight[judged].float()
-    power = max(_output_power(original, square, gram), 1e-30)
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """One linear to be rounded."""
 
-    def error_of(rounded: Float[Tensor, "rows in"]) -> float:
-        return _output_power(rounded - original, square, gram) / power
-
-    plainly = error_of(_plainly_rounded(original, block.scheme(local), weight.dtype))
-    codes = _round(block, local, square, shrinks)
-    error = error_of(block.unscaled(local, codes, judged))
-    if shrinks > 1 and error > plainly:  # the diagonal misjudged the ranges; the extremes may serve better under the same fold
-        other = _round(block, local, square, 1)
-        other_error = error_of(block.unscaled(local, other, judged))
-        if other_error < error:
-            codes, error = other, other_error
-    return Solved(codes, plainly, error, block.inputs.tokens(local) if used else 0)
+    local: str
+    scheme: Scheme
+    shape: tuple[int, int]
+    grid: Codes | None  # the weight lies on this grid already
+    compensates: bool
+    shares: bool  # one Gram serves its whole group; False: each has its own
 
 
-def _round(block: _Block, local: str, square: Float[Tensor, " in"], shrinks: int) -> Codes:
-    weight, scheme = block.weights[local], block.scheme(local)
-    out, columns = weight.shape
+def _groups(
+    linears: Sequence[Linear], weights: Mapping[str, Tensor], folding: Folding, inputs: Pooled, effort: Effort
+) -> list[list[_Task]]:
+    """Linears that are rounded together: rows that share a Gram, or experts' matrices of one shape, each with its own."""
+    groups: dict[object, list[_Task]] = {}
+    for linear in linears:
+        local, scheme = linear.local, linear.scheme
+        assert scheme is not None
+        free = local not in folding.columns and local not in folding.rows
+        grid = on_grid(weights[local], scheme, weights[local].dtype) if free and effort.shrinks > 1 else None
+        compensates = effort.compensate and grid is None and inputs.has_gram(local)
+        shares = not inputs.has_own_gram(local) or kind(local) is None
+        key: object = local
+        if compensates:
+            key = (
+                inputs.source(local) if shares else kind(local),
+                scheme,
+                linear.shape[1],
+                id(folding.columns.get(local)) if shares else 0,
+            )
+        groups.setdefault(key, []).append(_Task(local, scheme, linear.shape, grid, compensates, shares))
+    return list(groups.values())
+
+
+def _rounded(
+    group: Sequence[_Task], weights: Mapping[str, Tensor], folding: Folding, inputs: Pooled, effort: Effort
+) -> Iterator[tuple[str, Codes, Target | None]]:
+    """Codes of every linear of a group, and the target that they were rounded to."""
+    first = group[0]
+    if not first.compensates:
+        codes = first.grid or _nearest(first, weights[first.local], folding, inputs, effort.shrinks)
+        yield first.local, codes, None
+        return
+    dtype = weights[first.local].dtype
+    target, factored, gram = None, None, torch.empty(0)
+    if first.shares:
+        fed = inputs[first.local]
+        target = Target(fed, effort.retarget, effort.retarget_damping)
+        gram = _under(fed, folding.columns.get(first.local))[None]
+        factored = factor(gram, effort.damping)
+        del fed
+    for part in _parts(group):
+        if first.shares:
+            assert target is not None
+            targets = [target] * len(part)
+            wanted = torch.cat([folding.apply(t.local, target.of(weights[t.local].float())) for t in part])[None]
+        else:
+            each = [inputs[task.local] for task in part]
+            targets = [Target(fed, effort.retarget, effort.retarget_damping) for fed in each]
+            gram = torch.stack([_under(fed, folding.columns.get(task.local)) for task, fed in zip(part, each, strict=True)])
+            wanted = torch.stack([folding.apply(t.local, to.of(weights[t.local].float())) for t, to in zip(part, targets, strict=True)])
+            factored = factor(gram, effort.damping)
+        assert factored is not None
+        rounded = compensated(wanted, factored, first.scheme, dtype, effort.shrinks)
+        if effort.sweeps:
+            rounded = descend(wanted, gram, effort.damping, rounded, first.scheme, dtype, effort.shrinks, effort.sweeps)
+        yield from zip((task.local for task in part), _split(rounded, part, first.scheme, dtype), targets, strict=True)
+
+
+def _parts(group: Sequence[_Task]) -> Iterator[list[_Task]]:
+    """As many of a group as are solved at a time."""
+    part: list[_Task] = []
+    size = 0
+    for task in group:
+        weights = task.shape[0] * task.shape[1]
+        if part and size + weights > STACK:
+            yield part
+            part, size = [], 0
+        part.append(task)
+        size += weights
+    yield part
+
+
+def _under(fed: InputStats, columns: Float[Tensor, " in"] | None) -> Float[Tensor, "in in"]:
+    """The Gram of a linear's inputs when a fold has divided them."""
+    assert fed.gram is not None
+    return fed.gram if columns is None else fed.gram / columns[:, None] / columns
+
+
+def _split(rounded: Rounded, part: Sequence[_Task], scheme: Scheme, dtype: torch.dtype) -> Iterator[Codes]:
+    """The codes of a stack, matrix by matrix."""
+    start = 0
+    for number, task in enumerate(part):
+        out, columns = task.shape
+        own = (0, slice(start, start + out)) if task.shares else (number, slice(None))
+        start += out
+        yield Codes(
+            packed=pack(rounded.codes[own].contiguous(), scheme.bits),
+            scale=rounded.scale[own].to(dtype),
+            zero=None if rounded.zero is None else rounded.zero[own].to(torch.int8),
+            scheme=scheme,
+            columns=columns,
+        )
+
+
+def _nearest(task: _Task, weight: Tensor, folding: Folding, inputs: Pooled, shrinks: int) -> Codes:
+    """Every weight to the nearest code, ranges searched by the diagonal."""
+    scheme, (out, columns) = task.scheme, task.shape
     width = scheme.width(columns)
-    importance = (square / block.columns[local].square() if local in block.columns else square).view(1, -1, width)
+    square = inputs[task.local].square if task.local in inputs else torch.ones(columns)
+    shrinks = shrinks if task.local in inputs else 1
+    if task.local in folding.columns:
+        square = square / folding.columns[task.local].square()
     parts = []
     step = max(1, CHUNK // columns)
     for start in range(0, out, step):
-        scaled = block.scaled(local, slice(start, start + step))
+        scaled = folding.apply(task.local, weight[start : start + step].float(), slice(start, start + step))
         grouped = scaled.view(len(scaled), -1, width)
         if shrinks > 1:
-            scale, zero, _ = ranges.search(grouped, importance, scheme, weight.dtype, shrinks)
+            scale, zero, _ = ranges.search(grouped, square.view(1, -1, width), scheme, weight.dtype, shrinks)
         else:
             scale, zero = ranges.plain(grouped, scheme, weight.dtype)
         parts.append(to_codes(scaled, scale, zero, scheme, weight.dtype))
@@ -200,13 +214,47 @@ def _round(block: _Block, local: str, square: Float[Tensor, " in"], shrinks: int
     )
 
 
-def _plainly_rounded(weight: Float[Tensor, "rows in"], scheme: Scheme, dtype: torch.dtype) -> Float[Tensor, "rows in"]:
-    grouped = weight.view(len(weight), -1, scheme.width(weight.shape[1]))
-    return from_codes(to_codes(weight, *ranges.plain(grouped, scheme, dtype), scheme, dtype))
+def _judged(local: str, codes: Codes, target: Target | None, weight: Tensor, folding: Folding, inputs: Pooled, effort: Effort) -> Solved:
+    """The guard, and both errors of the linear's output around what was wanted, on some of its rows.
 
+    Where plain rounding would serve the rows better that were held back (all rows where none were), simpler solutions take the place:
+    ranges by the diagonal, or the extremes, under the same fold.
+    """
+    scheme, dtype = codes.scheme, weight.dtype
+    count = JUDGED_EXPERT_ROWS if kind(local) else JUDGED_ROWS
+    judged = torch.linspace(0, len(weight) - 1, min(len(weight), count)).round().long()
+    original = weight[judged].float()
+    fed = inputs[local] if local in inputs else InputStats(0, torch.ones(weight.shape[1]), torch.ones(weight.shape[1]), None)
+    wanted = original if target is None else target.of(original, judged)
+    plainly = plainly_rounded(original, scheme, dtype)
+    held = fed.held if fed.held is not None and fed.held.tokens else None
 
-def _output_power(weight: Float[Tensor, "rows in"], square: Float[Tensor, " in"], gram: Float[Tensor, "in in"] | None) -> float:
-    """tr(W G W^T): the squared output of these rows over the calibration tokens; by the diagonal where there is no Gram."""
-    if gram is None:
-        return float((weight.square() @ square).sum(dtype=torch.float64))
-    return float(((weight @ gram) * weight).sum(dtype=torch.float64))
+    def worth(rounded: Float[Tensor, "rows in"]) -> float:
+        """What it costs beyond plain rounding: in doubt the worse of what was seen and what was held back."""
+        seen = loss(wanted, rounded, fed, None, None) - loss(wanted, plainly, fed, None, None)
+        if held is None:
+            return seen
+        other = None if held.residual is None else held.residual[judged]
+        drift = held.drift if target is not None else None
+        return max(seen, loss(original, rounded, held, drift, other) - loss(original, plainly, held, drift, other))
+
+    def of(rounded: Codes) -> Float[Tensor, "rows in"]:
+        zero = None if rounded.zero is None else rounded.zero[judged]
+        decoded = from_codes(Codes(rounded.packed[judged], rounded.scale[judged], zero, scheme, rounded.columns))
+        return folding.undo(local, decoded, judged)
+
+    best = of(codes)
+    if (cost := worth(best)) > 0 and effort.shrinks > 1:
+        task = _Task(local, scheme, (weight.shape[0], weight.shape[1]), None, False, True)
+        for shrinks in (effort.shrinks, 1):
+            other_codes = _nearest(task, weight, folding, inputs, shrinks)
+            other = of(other_codes)
+            if (value := worth(other)) < cost:
+                codes, best, cost = other_codes, other, value
+    power = max(loss(original, torch.zeros_like(original), fed, None, None), 1e-30)
+    return Solved(
+        codes,
+        loss(wanted, plainly, fed, None, None) / power,
+        loss(wanted, best, fed, None, None) / power,
+        inputs.tokens(local) if local in inputs else 0,
+    )

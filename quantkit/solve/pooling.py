@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping
 
 import torch
+from torch import Tensor
 
 from quantkit.types import InputStats
 
@@ -22,21 +23,17 @@ class Pooled:
     An expert with `floor` tokens weighs itself and the pool alike. One without any takes the pool's word and the weight of one
     token: it is neither skipped nor rounded blindly, and it hardly pulls a scale that all experts share. Where no expert of a kind
     saw a token every channel counts the same. Other linears pass unchanged.
+
+    Statistics under a kind's own name ("experts.*.gate_proj") are what all its experts were fed together: the Gram that each of them
+    is rounded by where one for each would be too large.
     """
 
     def __init__(self, stats: Mapping[str, InputStats], floor: int):
         self._stats, self._floor = stats, floor
         self._pools: dict[str, InputStats] = {}
         for local, own in stats.items():
-            if (group := kind(local)) is None:
-                continue
-            so_far = self._pools.get(group)
-            if so_far is None:
-                blank = None if own.gram is None else torch.zeros_like(own.gram)
-                so_far = InputStats(0, torch.zeros_like(own.abs), torch.zeros_like(own.square), blank)
-            if so_far.gram is not None and own.gram is not None:
-                so_far.gram.add_(own.gram)
-            self._pools[group] = InputStats(so_far.tokens + own.tokens, so_far.abs + own.abs, so_far.square + own.square, so_far.gram)
+            if (group := kind(local)) is not None:
+                self._pools[group] = _sum(self._pools.get(group), own)
 
     def __contains__(self, local: str) -> bool:
         return local in self._stats
@@ -45,17 +42,58 @@ class Pooled:
         """Tokens that really reached the linear."""
         return self._stats[local].tokens
 
+    def has_own_gram(self, local: str) -> bool:
+        return local in self._stats and self._stats[local].gram is not None
+
+    def has_gram(self, local: str) -> bool:
+        """A Gram of its own, or one of all experts of its kind."""
+        return self.has_own_gram(local) or (local in self._stats and self.source(local) != id(self._stats[local]))
+
+    def source(self, local: str) -> int:
+        """The same number for all linears that are rounded by one Gram."""
+        own, together = self._stats[local], self._stats.get(kind(local) or "")
+        return id(own) if own.gram is not None or together is None or together.gram is None else id(together)
+
     def __getitem__(self, local: str) -> InputStats:
         own, group = self._stats[local], kind(local)
         if group is None:
             return own
-        pool = self._pools[group]
-        if not pool.tokens:
-            return InputStats(1, torch.ones_like(own.abs), torch.ones_like(own.square), None)
-        share = self._floor if own.tokens else max(self._floor, 1)
-        weight, tokens = share / pool.tokens, max(own.tokens, 1)
-        scale = tokens / (own.tokens + share)
-        gram = None
-        if own.gram is not None and pool.gram is not None:
-            gram = torch.add(own.gram, pool.gram, alpha=weight).mul_(scale)
-        return InputStats(tokens, (own.abs + pool.abs * weight) * scale, (own.square + pool.square * weight) * scale, gram)
+        shrunk, together = _shrunk(own, self._pools[group], self._floor), self._stats.get(group)
+        if own.gram is not None or together is None or together.gram is None:
+            return shrunk
+        return InputStats(shrunk.tokens, shrunk.abs, shrunk.square, together.gram, together.drift, None, together.held)
+
+
+def _sum(so_far: InputStats | None, own: InputStats) -> InputStats:
+    """A running sum of statistics; the Grams of the first argument are written."""
+    if so_far is None:
+        gram, drift = (None if one is None else one.clone() for one in (own.gram, own.drift))
+        held = None if own.held is None else _sum(None, own.held)
+        return InputStats(own.tokens, own.abs, own.square, gram, drift, None, held)
+    for total, part in ((so_far.gram, own.gram), (so_far.drift, own.drift)):
+        if total is not None and part is not None:
+            total.add_(part)
+    held = so_far.held if own.held is None or so_far.held is None else _sum(so_far.held, own.held)
+    return InputStats(so_far.tokens + own.tokens, so_far.abs + own.abs, so_far.square + own.square, so_far.gram, so_far.drift, None, held)
+
+
+def _shrunk(own: InputStats, pool: InputStats, floor: int) -> InputStats:
+    if not pool.tokens:
+        return InputStats(1, torch.ones_like(own.abs), torch.ones_like(own.square), None)
+    share = floor if own.tokens else max(floor, 1)
+    weight, tokens = share / pool.tokens, max(own.tokens, 1)
+    scale = tokens / (own.tokens + share)
+
+    def blend(mine: Tensor | None, all_: Tensor | None) -> Tensor | None:
+        return None if mine is None or all_ is None else torch.add(mine, all_, alpha=weight).mul_(scale)
+
+    held = None if own.held is None or pool.held is None or not pool.held.tokens else _shrunk(own.held, pool.held, floor)
+    return InputStats(
+        tokens,
+        (own.abs + pool.abs * weight) * scale,
+        (own.square + pool.square * weight) * scale,
+        blend(own.gram, pool.gram),
+        blend(own.drift, pool.drift),
+        None,
+        held,
+    )

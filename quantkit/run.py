@@ -1,0 +1,332 @@
+"""The second half of the story: every block in turn, filled, observed, solved, stored, emptied, and the streams that run through it.
+
+original      held-out samples through the checkpoint's own blocks         \\ compared at the end:
+quantized     held-out samples through the solved ones                     / what quantization cost
+calibrated    calibration samples through the solved blocks                what the next block will be fed when it is served
+reference     calibration samples through the checkpoint's own blocks      what the next block ought to be fed (recipes with stages)
+"""
+
+from collections.abc import Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from quantkit import report
+from quantkit.calibrate.collect import Reserve, added, unfed
+from quantkit.calibrate.coverage import cells_of, top_up, watch_routing
+from quantkit.calibrate.observe import observe, sensitivity
+from quantkit.errors import CalibrationError, CheckpointError
+from quantkit.evaluate.divergence import Scores, compare
+from quantkit.grid.integer import from_codes
+from quantkit.model.blocks import Skeleton, State, Stream
+from quantkit.model.checkpoint import TensorSource
+from quantkit.model.experts import replace_weight, weight_of
+from quantkit.model.memory import give_back_memory
+from quantkit.model.proof import PROVEN, fold_change
+from quantkit.recipe import Recipe
+from quantkit.report import Clock
+from quantkit.solve.block import solve_linears
+from quantkit.solve.folds import Folding, choose_folds
+from quantkit.solve.pooling import Pooled
+from quantkit.store import Store
+from quantkit.types import Batch, BlockPlan, BlockStatistics, Effort, InputStats, Json, Plan, Solved, SolvedBlock
+
+LOGIT_POSITIONS = 64  # positions whose logits are in memory at a time: a vocabulary of 262,144 takes 1 MiB each
+
+
+@dataclass(slots=True)
+class Run:
+    """The streams, and the skeleton that they run through."""
+
+    recipe: Recipe
+    plan: Plan
+    skeleton: Skeleton
+    store: Store
+    clock: Clock
+    calibration: Stream
+    calibrated: State
+    reference: State | None
+    heldout: Stream
+    original: State
+    quantized: State
+    reserve: Reserve  # behind solved blocks, as `calibrated`
+    reserve_reference: Reserve  # behind the checkpoint's own, as `reference`
+    cells: Sequence[tuple[str, str]]  # every (language, domain)
+    coverage: list[BlockStatistics] = field(default_factory=list)  # routing alone, of every block of a recipe with stages
+
+    @classmethod
+    def start(
+        cls,
+        recipe: Recipe,
+        plan: Plan,
+        skeleton: Skeleton,
+        store: Store,
+        clock: Clock,
+        calibration: Sequence[Batch],
+        heldout: Sequence[Batch],
+        reserve: Sequence[Batch] = (),
+    ) -> "Run":
+        """All streams in front of block 0.
+
+        Raises:
+            CheckpointError: embeddings that are not finite.
+        """
+        streams = Stream(skeleton, calibration), Stream(skeleton, heldout)
+        first, original = streams[0].start(), streams[1].start()
+        for state in (first, original):
+            state.check("the embeddings")
+        staged = recipe.method != "rtn" and recipe.search.stages
+        reference = first.fork() if staged else None
+        spare = Reserve.start(skeleton, reserve)
+        states = (streams[0], first, reference, streams[1], original, original.fork())
+        return cls(recipe, plan, skeleton, store, clock, *states, spare, spare.fork(), cells_of([*calibration, *reserve]))
+
+    def block(self, plan: BlockPlan) -> Json:
+        """One block: held-out samples through the original, statistics, solution, and the streams through what was solved."""
+        index, behind_original = plan.index, self.reference is None and self.recipe.search.propagate == "original"
+        with self.skeleton.block(index) as block:
+            with self.clock.phase("running held-out samples", index):
+                self.heldout.advance(block, self.original)
+            if index in self.store:
+                if behind_original:
+                    self.calibration.advance(block, self.calibrated)
+                if self.reference is not None:
+                    with watch_routing(block, self.calibration.batches, self.cells) as routing:
+                        self.calibration.advance(block, self.reference)
+                    self._draw(block, routing)
+                    self.reserve_reference.advance(block)
+                solved = self.store.get(plan)
+            else:
+                solved = self._solve(plan, block, behind_original)
+            _install(plan, block, solved)
+            about = report.block_report(plan, solved, observed=self.recipe.method != "rtn")
+            del solved  # its codes are on the disk and in the block; they need not meet the streams in memory
+            give_back_memory()
+            with self.clock.phase("running the quantized block", index):
+                if not behind_original:
+                    self.calibration.advance(block, self.calibrated)
+                self.reserve.advance(block)
+                self.heldout.advance(block, self.quantized)
+        for stream in (self.calibration, self.heldout, *self.reserve.streams):
+            stream.close()
+        for state in (self.calibrated, self.original, self.quantized):
+            state.check(f"block {index}")
+        give_back_memory()
+        return about
+
+    def _solve(self, plan: BlockPlan, block: nn.Module, behind_original: bool) -> SolvedBlock:
+        """Observe, solve and store the open block; where later blocks shall see the original, the observing pass moves the stream."""
+        weights, kept = _weights(plan, block, self.skeleton.checkpoint, self.plan.dtype)
+        if self.reference is not None:
+            solved = self._in_stages(plan, block, weights, kept)
+        else:
+            stats: dict[str, InputStats] = {}
+            state = self.calibrated.fork()  # what the block is fed, wherever observing moves the stream
+            if self.recipe.method != "rtn":
+                with self.clock.phase("observing", plan.index):
+                    stats = self._observe(block, _quantized(plan), move=behind_original)
+                    _check_stats(plan, block, stats)
+            with self.clock.phase("solving", plan.index):
+                effort = _effort(self.recipe)
+                inputs = Pooled(stats, effort.expert_floor)
+                folding = choose_folds(plan, weights, kept, inputs, {}, self.plan.norm_offset, effort)
+            folding, proof = self._proven(plan, block, state, folding)
+            with self.clock.phase("solving", plan.index):
+                linears = [linear for linear in plan.linears if linear.scheme]
+                done = solve_linears(linears, weights, folding, inputs, effort, stats)
+                solved = SolvedBlock(plan.index, done, folding.folded, tuple(folding.reports), proof)
+        give_back_memory()
+        with self.clock.phase("storing", plan.index):
+            self.store.put(solved)
+        return solved
+
+    def _observe(self, block: nn.Module, wanted: Iterable[str], move: bool) -> dict[str, InputStats]:
+        grams = self.recipe.search.compensate or self.recipe.search.folds
+        held = self.recipe.search.hold_out and self.recipe.search.compensate
+        return observe(self.calibration, block, self.calibrated, set(wanted), move=move, grams=grams, held=held)
+
+    def _in_stages(self, plan: BlockPlan, block: nn.Module, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> SolvedBlock:
+        """Folds from the original's inputs; then stage by stage, on inputs that carry all rounding so far, beside the original's."""
+        assert self.reference is not None
+        search, effort = self.recipe.search, _effort(self.recipe)
+        wanted = _quantized(plan)
+        with self.clock.phase("observing", plan.index):
+            with watch_routing(block, self.calibration.batches, self.cells) as routing:
+                fed = observe(self.calibration, block, self.reference, set(wanted), grams=False)
+            drawn, hungry = self._draw(block, routing)
+            for number in range(drawn):
+                more = observe(self.reserve.streams[number], block, self.reserve_reference.states[number], set(wanted), grams=False)
+                fed = added(fed, _only(more, hungry))
+            _check_stats(plan, block, fed)
+            matter = {}
+            if search.folds and search.sensitivity:
+                matter = sensitivity(self.calibration, block, self.reference, wanted)
+        with self.clock.phase("solving", plan.index):
+            folding = choose_folds(plan, weights, kept, Pooled(fed, effort.expert_floor), matter, self.plan.norm_offset, effort)
+        folding, proof = self._proven(plan, block, self.reference, folding)
+        twin = self.skeleton.twin(block)
+        solved: dict[str, Solved] = {}
+        pairs = search.retarget > 0
+        for number, stage in enumerate(plan.stages):
+            last = number == len(plan.stages) - 1
+            with self.clock.phase("observing", plan.index):
+                stats = observe(
+                    self.calibration,
+                    twin,
+                    self.calibrated,
+                    set(stage),
+                    held=search.hold_out,
+                    beside=(block, self.reference) if pairs else None,
+                    residual=plan.residual if search.residual and pairs else None,
+                    move=last and pairs,
+                )
+                for number in range(drawn):
+                    spare = self.reserve.streams[number]
+                    original = self.reserve_reference.states[number]
+                    beside = (block, original) if pairs else None
+                    residual = plan.residual if search.residual and pairs else None
+                    more = observe(spare, twin, self.reserve.states[number], set(stage), beside=beside, residual=residual)
+                    stats = added(stats, _only(more, hungry))
+                if last:
+                    self.reserve_reference.advance(block)
+                if last and not pairs:
+                    self.calibration.advance(block, self.reference)
+                _check_numbers(plan, stats)
+            with self.clock.phase("solving", plan.index):
+                linears = [linear for linear in plan.linears if linear.local in stage]
+                solved |= solve_linears(linears, weights, folding, Pooled(stats, effort.expert_floor), effort, stats)
+                if not last:
+                    for local in stage:
+                        replace_weight(twin, local, folding.undo(local, from_codes(solved[local].codes)))
+            give_back_memory()
+        ordered = {linear.local: solved[linear.local] for linear in plan.linears if linear.scheme}
+        return SolvedBlock(plan.index, ordered, folding.folded, tuple(folding.reports), proof)
+
+    def _proven(self, plan: BlockPlan, block: nn.Module, state: State, folding: Folding) -> tuple[Folding, float | None]:
+        """The folds, if the block computes the same under them; none, if it does not."""
+        if not folding.columns:
+            return folding, None
+        with self.clock.phase("proving folds", plan.index):
+            change = fold_change(self.calibration, block, state, folding.columns, folding.rows, folding.folded)
+        return (folding, change) if change <= PROVEN else (Folding(), change)
+
+    def _draw(self, block: nn.Module, routing: Mapping[str, Tensor]) -> tuple[int, set[str]]:
+        """How many batches of the reserve this block's experts need, and which of them are in need."""
+        natural, floor = {local: counts.sum(0) for local, counts in routing.items()}, self.recipe.calibration.expert_tokens
+        drawn = 0
+
+        def more() -> Mapping[str, Tensor] | None:
+            nonlocal drawn
+            if drawn == len(self.reserve.streams):
+                return None
+            stream, drawn = self.reserve.streams[drawn], drawn + 1
+            with watch_routing(block, stream.batches, self.cells) as counts:
+                stream.run(block, self.reserve_reference.states[drawn - 1], 0)
+            return {local: table.sum(0) for local, table in counts.items()}
+
+        topped_up = top_up(natural, floor, more)
+        self.coverage.append(BlockStatistics({}, {}, dict(routing), topped_up))
+        return drawn, unfed(natural, floor)
+
+    def score(self) -> Json:
+        """The held-out samples' logits behind original and quantized blocks, compared token by token."""
+        scores = Scores()
+        for number, batch in enumerate(self.heldout.batches):
+            last = batch.ids.shape[1] - 1
+            for start in range(0, last, LOGIT_POSITIONS):
+                part = slice(start, min(start + LOGIT_POSITIONS, last))
+                following = slice(part.start + 1, part.stop + 1)
+                base = self.heldout.logits(self.original, number, part)
+                ours = self.heldout.logits(self.quantized, number, part)
+                for row, labels in enumerate(batch.labels):
+                    scores.add(compare(base[row], ours[row], batch.ids[row, following], batch.real[row, following]), labels)
+        return scores.as_json()
+
+
+def _effort(recipe: Recipe) -> Effort:
+    if recipe.method == "rtn":
+        return Effort(folds=False, shrinks=1)
+    search = recipe.search
+    return Effort(
+        folds=search.folds,
+        exponents=search.exponents,
+        rows=search.rows,
+        shrinks=search.shrinks,
+        expert_floor=search.expert_floor,
+        compensate=search.compensate,
+        damping=search.damping,
+        sweeps=search.sweeps,
+        retarget=search.retarget if search.stages else 0.0,
+        retarget_damping=search.retarget_damping,
+    )
+
+
+def _only(stats: Mapping[str, InputStats], experts: Container[str]) -> dict[str, InputStats]:
+    """The statistics of some experts: the set's own go untouched, those of all experts together too."""
+    return {local: one for local, one in stats.items() if one.tokens and local.rpartition(".")[0] in experts}
+
+
+def _quantized(plan: BlockPlan) -> list[str]:
+    return [linear.local for linear in plan.linears if linear.scheme]
+
+
+def _weights(
+    plan: BlockPlan, block: nn.Module, checkpoint: TensorSource, dtype: torch.dtype
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Views of every linear to be solved, and the block's other tensors, by local name, as the model computes with them.
+
+    Raises:
+        CheckpointError: a weight that is not finite.
+    """
+    weights = {}
+    for linear in plan.linears:
+        if linear.scheme is None:
+            continue
+        weight = weight_of(block, linear.local)
+        # published leftovers that the model does not read (keys and values of layers that borrow them) have no module
+        weights[linear.local] = checkpoint.view(linear.source.tensor).to(dtype) if weight is None else weight
+        if not bool(weights[linear.local].isfinite().all()):
+            raise CheckpointError(f"{linear.source.tensor}: holds NaN or infinity; the checkpoint is damaged")
+    return weights, {local: checkpoint.view(name).to(dtype) for local, name in plan.kept.items()}
+
+
+def _check_stats(plan: BlockPlan, block: nn.Module, stats: Mapping[str, InputStats]) -> None:
+    """Refuse to solve a linear that the model never called.
+
+    Raises:
+        CalibrationError: there is one.
+    """
+    for linear in plan.linears:
+        if linear.scheme is not None and linear.local not in stats and weight_of(block, linear.local) is not None:
+            raise CalibrationError(f"{linear.name}: the model never called this linear during calibration, so it cannot be solved")
+    _check_numbers(plan, stats)
+
+
+def _check_numbers(plan: BlockPlan, stats: Mapping[str, InputStats]) -> None:
+    """Refuse to solve from what is no number.
+
+    Raises:
+        CheckpointError: NaN or infinity in a linear's inputs.
+    """
+    for linear in plan.linears:
+        fed = stats.get(linear.local)
+        if fed is not None and not bool(fed.square.isfinite().all()):
+            raise CheckpointError(
+                f"{linear.name}: NaN or infinity in the activations that it is fed: a damaged weight, or fp16 that overflows "
+                "(convert to bf16)"
+            )
+
+
+@torch.no_grad()
+def _install(plan: BlockPlan, block: nn.Module, solved: SolvedBlock) -> None:
+    """The block as an engine will compute it: every weight decoded from its codes, every folded tensor replaced."""
+    for linear in plan.linears:
+        if linear.scheme is None:
+            continue
+        weight = weight_of(block, linear.local)
+        if weight is not None:
+            weight.copy_(from_codes(solved.linears[linear.local].codes))
+    for local, tensor in solved.folded.items():
+        owner, _, leaf = local.rpartition(".")
+        getattr(block.get_submodule(owner), leaf).data.copy_(tensor)
