@@ -1,42 +1,114 @@
-"""What the search is worth: every recipe's KL to the original on held-out samples, over that of plain rounding at the same bits.
+"""The solver beside its rivals: KL to the original, on the same calibration tokens and evaluation text, at the same bits.
 
-    python benchmarks/quality.py [MODEL ...] [--recipes rtn-w4 awq-w4 awq-w4-asym]
+    python benchmarks/quality.py MODEL CALIBRATION.safetensors EVALUATION.safetensors [--bits 4 3] [--schemes sym asym]
+        [--contenders rtn fast awq-w4 best] [--rivals PYTHON] [--autoround PYTHON] [--cache FOLDER] [--ablation]
 
-Without a MODEL the embedded reference model is taken. KL is measured while streaming, on samples that were never calibrated on, with the
-integers that are written; the time is the run's own process time.
+Tokens are made by benchmarks/rivals/tokens.py (seed 0). Every contender runs in a process of its own, one thread, one after the other;
+its dense weights are scored in transformers in fp32 (benchmarks/rivals/score.py). `worst language` is the largest KL ratio to plain
+rounding of any language over the mean ratio; `worse` counts linears that ended above plain rounding. --rivals names the interpreter of
+an environment with llm-compressor (`make rivals`), --autoround one with AutoRound. --ablation switches the solver's steps off in turn.
 """
 
 import argparse
-import resource
+import json
+import os
+import subprocess
+import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from quantkit import pipeline
+HERE = Path(__file__).resolve().parent / "rivals"
+sys.path.insert(0, str(HERE))
+
+from common import load_model  # noqa: E402  # of benchmarks/rivals
+from run import run as run_rival  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from score import score  # noqa: E402
+
+OURS = ("rtn", "fast", "awq-w4", "best")
+ABLATION: dict[str, dict[str, Any]] = {
+    "awq-w4": {},
+    "no folds": {"folds": False},
+    "folds, rows even": {"sensitivity": False},
+    "extremes, no range search": {"shrinks": 1},
+    "nearest, not compensated": {"compensate": False, "stages": False},
+    "one stage a block": {"stages": False},
+    "stages, no retarget": {"retarget": 0.0},
+    "retarget, no residual": {"residual": False},
+    "nothing held out": {"hold_out": False},
+    "one sweep": {"sweeps": 1},
+    "two sweeps": {"sweeps": 2},
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("models", nargs="*", default=[None])
-    parser.add_argument("--recipes", nargs="+", default=["rtn-w4", "awq-w4", "awq-w4-asym"])
+    for name in ("model", "calibration", "evaluation"):
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--bits", type=int, nargs="+", default=[4])
+    parser.add_argument("--schemes", nargs="+", choices=("sym", "asym"), default=["sym"])
+    parser.add_argument("--contenders", nargs="*", default=list(OURS))
+    parser.add_argument("--rivals", type=Path, metavar="PYTHON")
+    parser.add_argument("--methods", nargs="+", default=["awq", "awq+gptq"])
+    parser.add_argument("--autoround", type=Path, metavar="PYTHON")
+    parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "quantkit-rivals")
+    parser.add_argument("--ablation", action="store_true")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    print(f"{'model':20} {'recipe':14} {'bits/weight':>11} {'KL':>9} {'of first':>8} {'same top':>8} {'perplexity':>10} {'CPU s':>6}")
-    for model in arguments.models:
-        first = None
-        for recipe in arguments.recipes:
-            began = resource.getrusage(resource.RUSAGE_SELF).ru_utime
-            with tempfile.TemporaryDirectory() as folder:
-                report = pipeline.quantize(model, recipe=recipe, output=Path(folder) / "out").report
-            seconds = resource.getrusage(resource.RUSAGE_SELF).ru_utime - began
-            scores = report["heldout"]
-            first = first or scores["kl"]
+    original = load_model(arguments.model)
+    for bits in arguments.bits:
+        for scheme in arguments.schemes:
+            symmetric = scheme == "sym"
+            print(f"\n{arguments.model.name}, {bits} bits, {scheme}, group 32")
             print(
-                f"{report['model'][:20]:20} {report['recipe']['name'][:14]:14} {report['bits_per_weight']:11.3f} {scores['kl']:9.5f} "
-                f"{scores['kl'] / first:8.3f} {scores['same_top']:8.4f} {scores['perplexity']:10.4f} {seconds:6.0f}",
-                flush=True,
+                f"{'contender':28} {'KL':>8} {'95 % interval':>17} {'of first':>8} {'same top':>8} {'worst language':>14} {'worse':>5} "
+                f"{'CPU s':>7} {'peak GiB':>8}"
             )
+            first: dict[str, Any] | None = None
+            for name, weights, result in contenders(arguments, bits, symmetric):
+                figures = score(original, load_model(arguments.model, weights=load_file(weights)), arguments.evaluation)
+                first = first or figures
+                ratio = figures["kl"] / first["kl"]
+                languages = [f["kl"] / first["languages"][n]["kl"] / ratio for n, f in figures["languages"].items()]
+                low, high = figures["kl_interval"]
+                worse = result.get("summary", {}).get("worse_than_rounded", "")
+                print(
+                    f"{name:28} {figures['kl']:8.5f} {f'{low:.5f}-{high:.5f}':>17} {ratio:8.3f} {figures['same_top']:8.4f} "
+                    f"{max(languages):14.3f} {worse:>5} {result['cpu_seconds']:7.1f} {result['peak_rss_bytes'] / 2**30:8.2f}",
+                    flush=True,
+                )
+
+
+def contenders(arguments: argparse.Namespace, bits: int, symmetric: bool) -> Any:
+    """(name, file of dense weights, its run) of each in turn; plain rounding first."""
+    kind = [f"--bits={bits}", *([] if symmetric else ["--asymmetric"])]
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder)
+        for name in arguments.contenders:
+            yield name, *ours(arguments, output, *kind, f"--recipe={'rtn-w4' if name == 'rtn' else name}")
+        if arguments.ablation:
+            for name, search in ABLATION.items():
+                yield name, *ours(arguments, output, *kind, f"--search={json.dumps(search)}")
+            if symmetric:
+                yield "positive scales", *ours(arguments, output, *kind, "--unsigned")
+        common = {"bits": bits, "symmetric": symmetric}
+        for method in arguments.methods if arguments.rivals else ():
+            name = f"llm-compressor {method}"
+            yield name, *run_rival(arguments.rivals, arguments.model, arguments.calibration, arguments.cache, method=method, **common)
+        if arguments.autoround:
+            rival = {"rival": "autoround", **common}
+            yield "AutoRound", *run_rival(arguments.autoround, arguments.model, arguments.calibration, arguments.cache, **rival)
+
+
+def ours(arguments: argparse.Namespace, output: Path, *options: str) -> tuple[Path, dict[str, Any]]:
+    command = [sys.executable, str(HERE / "ours.py"), str(arguments.model), str(arguments.calibration), str(output), *options]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"{' '.join(options)}: {(done.stderr.strip().splitlines() or ['no output'])[-1]}")
+    return output / "weights.safetensors", json.loads((output / "result.json").read_text())
 
 
 if __name__ == "__main__":
