@@ -387,3 +387,38 @@ def test_the_sizes_page_says_what_plan_says():
     for recipe in ("awq-w4", "awq-w4-asym", "awq-w4-g128", "awq-w8"):
         _, sizes = pipeline.plan(str(ROOT / "docs" / "gemma-4-26b-a4b.json"), recipe)
         assert f"{sizes['compressed-tensors']:,}" in page, recipe
+
+
+def test_the_card_warns_of_signed_scales_where_there_are_any(tmp_path):
+    (tmp_path / "one").mkdir()
+    (tmp_path / "two").mkdir()
+    _, signed = run(tmp_path / "one", "llama")
+    _, zeros = run(tmp_path / "two", "llama", "awq-w4-asym")
+    cards = [(one.artefacts["compressed-tensors"] / "README.md").read_text() for one in (signed, zeros)]
+    assert ["VLLM_MARLIN_INPUT_DTYPE=int8" in card for card in cards] == [True, False]
+    scales = [tensor for name, tensor in read(signed.artefacts["compressed-tensors"]).items() if name.endswith("weight_scale")]
+    assert any(bool((scale < 0).any()) for scale in scales)
+    assert any(bool((scale > 0).any()) for scale in scales)
+
+
+def test_folds_that_are_not_proven_are_undone(tmp_path, monkeypatch):
+    monkeypatch.setattr("quantkit.run.PROVEN", -1.0)
+    source, result = run(tmp_path, "llama")
+    assert all(block["folds"] == [] and block["proof"] is not None for block in result.report["blocks"])
+    written, original = read(result.artefacts["compressed-tensors"]), read(source)
+    norms = [name for name in original if "layernorm" in name]
+    assert norms
+    assert all(torch.equal(written[name], original[name]) for name in norms)
+
+
+@pytest.mark.parametrize("switched", [{"stages": False}, {"compensate": False, "stages": False}, {"retarget": 0.0}, {"folds": False}])
+def test_every_step_can_be_switched_off_and_is_worth_something(switched, tmp_path):
+    for name in ("all", "less"):
+        (tmp_path / name).mkdir()
+    search = {**SMALL["search"], "sweeps": 1}
+    _, best = run(tmp_path / "all", "gemma4_moe", search=search)
+    _, less = run(tmp_path / "less", "gemma4_moe", search=search | switched)
+    assert best.report["summary"]["worse_than_rounded"] == less.report["summary"]["worse_than_rounded"] == 0
+    assert read(best.artefacts["compressed-tensors"]).keys() == read(less.artefacts["compressed-tensors"]).keys()
+    assert best.bytes == less.bytes
+    assert best.report["blocks"] != less.report["blocks"]
