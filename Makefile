@@ -13,7 +13,7 @@ $(VENV)/ready: pyproject.toml constraints.txt
 	touch $@
 
 demo: $(VENV)/ready
-	$(VENV)/bin/quantkit quantize --recipe awq-w4 --output demo --fresh
+	$(VENV)/bin/quantkit quantize --recipe awq-w4 --output demo --fresh --threads 1
 
 # one thread a worker: two workers share two cores without getting in each other's way
 test: $(VENV)/ready
