@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int, Int8, Int32
+from jaxtyping import Bool, Float, Int, Int8, Int32, UInt8
 from torch import Tensor
 
 
@@ -32,19 +32,26 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class Scheme:
-    """How one weight is stored: integers of `bits` bits, one scale (and zero point) for `group` columns of a row."""
+    """How one weight is stored: integers of `bits` bits, one scale (and zero point) for `group` columns of a row.
+
+    Another grid than that of integers (grid/superblock.py) fills the three in as well: a search that knows only integers then judges by
+    the nearest grid it knows.
+    """
 
     bits: int
     group: int  # 0 = the whole row
     symmetric: bool
     # A symmetric scale may be negative: a group's extreme lies on the lowest code, so every code serves. Engines see no difference.
     signed: bool = field(default=False, compare=False)
+    grid: str = "integer"  # or q4_k, q5_k, q6_k
 
     def width(self, columns: int) -> int:
         """Columns that share a scale in a matrix of that many columns."""
         return self.group or columns
 
     def __str__(self) -> str:
+        if self.grid != "integer":
+            return self.grid
         kind = "sym" if self.symmetric else "asym"
         return f"w{self.bits} {kind} {f'g{self.group}' if self.group else 'row'}{' signed' if self.signed else ''}"
 
@@ -180,10 +187,19 @@ class Codes:
 
 
 @dataclass(frozen=True, slots=True)
+class Blocks:
+    """A weight on a grid of ggml's that is not one of integers: rows of bytes as they will be written."""
+
+    rows: UInt8[Tensor, "out bytes"]
+    scheme: Scheme
+    columns: int
+
+
+@dataclass(frozen=True, slots=True)
 class Solved:
     """One linear, solved. Errors are relative mean squares of its output on the calibration tokens, against the original weight."""
 
-    codes: Codes
+    codes: Codes | Blocks
     error_rounded: float  # plain rounding: what the search had to beat
     error: float
     tokens: int  # calibration tokens that reached it
