@@ -5,6 +5,7 @@ OUT/solved/block-00012.safetensors
     experts.17.up_proj/packed     (out, words) int32, see types.Codes
     experts.17.up_proj/scale      (out, groups)
     experts.17.up_proj/zero       (out, groups) int8, asymmetric only
+    experts.17.up_proj/rows       (out, bytes) uint8, in place of those three, of K-quants
     folded/input_layernorm.weight a kept tensor that a fold changed
     __metadata__.solved           errors, tokens, folds as JSON
 """
@@ -23,7 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantkit.errors import StoreError
-from quantkit.types import BlockPlan, Codes, Entry, FoldReport, Json, Plan, Solved, SolvedBlock
+from quantkit.types import BlockPlan, Blocks, Codes, Entry, FoldReport, Json, Linear, Plan, Solved, SolvedBlock
 
 SAFETENSORS_NAMES = {
     torch.float64: "F64", torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16",
@@ -126,7 +127,11 @@ class Store:
         """One solved block, whole or not at all."""
         pieces = []
         for local, linear in solved.linears.items():
-            parts = {"packed": linear.codes.packed, "scale": linear.codes.scale, "zero": linear.codes.zero}
+            codes = linear.codes
+            if isinstance(codes, Blocks):
+                parts: dict[str, Tensor | None] = {"rows": codes.rows}
+            else:
+                parts = {"packed": codes.packed, "scale": codes.scale, "zero": codes.zero}
             pieces += [_piece(f"{local}/{part}", tensor) for part, tensor in parts.items() if tensor is not None]
         pieces += [_piece(f"folded/{name}", tensor) for name, tensor in solved.folded.items()]
         about = {
@@ -140,6 +145,15 @@ class Store:
     def read(self, index: int, key: str) -> Tensor:
         """One stored tensor of a block: "experts.17.up_proj/packed", "folded/input_layernorm.weight"."""
         return self._file(index).get_tensor(key)
+
+    def codes(self, index: int, linear: Linear) -> Codes | Blocks:
+        """What a block's file holds of one linear that has a scheme."""
+        scheme, local, columns = linear.scheme, linear.local, linear.shape[1]
+        assert scheme is not None
+        if scheme.grid != "integer":
+            return Blocks(self.read(index, f"{local}/rows"), scheme, columns)
+        zero = None if scheme.symmetric else self.read(index, f"{local}/zero")
+        return Codes(self.read(index, f"{local}/packed"), self.read(index, f"{local}/scale"), zero, scheme, columns)
 
     def folded(self, index: int) -> set[str]:
         """Local names of the kept tensors that folds changed in a block."""
@@ -166,9 +180,7 @@ class Store:
                 if linear.scheme is None:
                     continue
                 local, numbers = linear.local, about["linears"][linear.local]
-                zero = None if linear.scheme.symmetric else self.read(plan.index, f"{local}/zero")
-                packed, scale = self.read(plan.index, f"{local}/packed"), self.read(plan.index, f"{local}/scale")
-                codes = Codes(packed, scale, zero, linear.scheme, linear.shape[1])
+                codes = self.codes(plan.index, linear)
                 linears[local] = Solved(codes, numbers["rounded"], numbers["error"], numbers["tokens"])
             folded = {name: self.read(plan.index, f"folded/{name}") for name in sorted(self.folded(plan.index))}
             folds = tuple(

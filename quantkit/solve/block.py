@@ -11,13 +11,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from quantkit.grid.integer import from_codes, on_grid, pack, to_codes
+from quantkit.grid import superblock
+from quantkit.grid.decoded import decoded
+from quantkit.grid.found import on_grid
+from quantkit.grid.integer import pack, to_codes
 from quantkit.solve import ranges
 from quantkit.solve.folds import Folding, choose_folds, plainly_rounded
 from quantkit.solve.pooling import Pooled, kind
-from quantkit.solve.rounding import Rounded, compensated, descend, factor
+from quantkit.solve.rounding import Rounded, compensated, compensated_superblocks, descend, factor
 from quantkit.solve.targets import Target, loss
-from quantkit.types import BlockPlan, Codes, Effort, InputStats, Linear, Scheme, Solved, SolvedBlock
+from quantkit.types import BlockPlan, Blocks, Codes, Effort, InputStats, Linear, Scheme, Solved, SolvedBlock
 
 JUDGED_ROWS = 512  # rows of a matrix on which its output error is measured
 JUDGED_EXPERT_ROWS = 64
@@ -101,7 +104,8 @@ def _groups(
         local, scheme = linear.local, linear.scheme
         assert scheme is not None
         free = local not in folding.columns and local not in folding.rows
-        grid = on_grid(weights[local], scheme, weights[local].dtype) if free and effort.shrinks > 1 else None
+        integer = scheme.grid == "integer"
+        grid = on_grid(weights[local], scheme, weights[local].dtype) if integer and free and effort.shrinks > 1 else None
         compensates = effort.compensate and grid is None and inputs.has_gram(local)
         shares = not inputs.has_own_gram(local) or kind(local) is None
         key: object = local
@@ -118,12 +122,11 @@ def _groups(
 
 def _rounded(
     group: Sequence[_Task], weights: Mapping[str, Tensor], folding: Folding, inputs: Pooled, effort: Effort
-) -> Iterator[tuple[str, Codes, Target | None]]:
+) -> Iterator[tuple[str, Codes | Blocks, Target | None]]:
     """Codes of every linear of a group, and the target that they were rounded to."""
     first = group[0]
     if not first.compensates:
-        codes = first.grid or _nearest(first, weights[first.local], folding, inputs, effort.shrinks)
-        yield first.local, codes, None
+        yield first.local, first.grid or _nearest(first, weights[first.local], folding, inputs, effort.shrinks), None
         return
     dtype = weights[first.local].dtype
     target, factored, gram = None, None, torch.empty(0)
@@ -145,6 +148,12 @@ def _rounded(
             wanted = torch.stack([folding.apply(t.local, to.of(weights[t.local].float())) for t, to in zip(part, targets, strict=True)])
             factored = factor(gram, effort.damping)
         assert factored is not None
+        if first.scheme.grid != "integer":
+            rows = [superblock.pack(one) for one in compensated_superblocks(wanted, factored, first.scheme.grid.upper())]
+            pieces = rows[0].split([task.shape[0] for task in part]) if first.shares else rows
+            made = [Blocks(piece, first.scheme, first.shape[1]) for piece in pieces]
+            yield from zip((task.local for task in part), made, targets, strict=True)
+            continue
         rounded = compensated(wanted, factored, first.scheme, dtype, effort.shrinks)
         if effort.sweeps:
             rounded = descend(wanted, gram, effort.damping, rounded, first.scheme, dtype, effort.shrinks, effort.sweeps)
@@ -187,7 +196,7 @@ def _split(rounded: Rounded, part: Sequence[_Task], scheme: Scheme, dtype: torch
         )
 
 
-def _nearest(task: _Task, weight: Tensor, folding: Folding, inputs: Pooled, shrinks: int) -> Codes:
+def _nearest(task: _Task, weight: Tensor, folding: Folding, inputs: Pooled, shrinks: int) -> Codes | Blocks:
     """Every weight to the nearest code, ranges searched by the diagonal."""
     scheme, (out, columns) = task.scheme, task.shape
     width = scheme.width(columns)
@@ -195,8 +204,13 @@ def _nearest(task: _Task, weight: Tensor, folding: Folding, inputs: Pooled, shri
     shrinks = shrinks if task.local in inputs else 1
     if task.local in folding.columns:
         square = square / folding.columns[task.local].square()
-    parts = []
     step = max(1, CHUNK // columns)
+    if scheme.grid != "integer":
+        scaled_parts = (folding.apply(task.local, weight[at : at + step].float(), slice(at, at + step)) for at in range(0, out, step))
+        rounds = superblock.ROUNDS if shrinks > 1 else 0
+        fits = [superblock.fit(part, scheme.grid.upper(), square, rounds) for part in scaled_parts]
+        return Blocks(torch.cat([superblock.pack(one) for one in fits]), scheme, columns)
+    parts = []
     for start in range(0, out, step):
         scaled = folding.apply(task.local, weight[start : start + step].float(), slice(start, start + step))
         grouped = scaled.view(len(scaled), -1, width)
@@ -214,7 +228,9 @@ def _nearest(task: _Task, weight: Tensor, folding: Folding, inputs: Pooled, shri
     )
 
 
-def _judged(local: str, codes: Codes, target: Target | None, weight: Tensor, folding: Folding, inputs: Pooled, effort: Effort) -> Solved:
+def _judged(
+    local: str, codes: Codes | Blocks, target: Target | None, weight: Tensor, folding: Folding, inputs: Pooled, effort: Effort
+) -> Solved:
     """The guard, and both errors of the linear's output around what was wanted, on some of its rows.
 
     Where plain rounding would serve the rows better that were held back (all rows where none were), simpler solutions take the place:
@@ -238,10 +254,13 @@ def _judged(local: str, codes: Codes, target: Target | None, weight: Tensor, fol
         drift = held.drift if target is not None else None
         return max(seen, loss(original, rounded, held, drift, other) - loss(original, plainly, held, drift, other))
 
-    def of(rounded: Codes) -> Float[Tensor, "rows in"]:
-        zero = None if rounded.zero is None else rounded.zero[judged]
-        decoded = from_codes(Codes(rounded.packed[judged], rounded.scale[judged], zero, scheme, rounded.columns))
-        return folding.undo(local, decoded, judged)
+    def of(rounded: Codes | Blocks) -> Float[Tensor, "rows in"]:
+        if isinstance(rounded, Blocks):
+            some: Codes | Blocks = Blocks(rounded.rows[judged], scheme, rounded.columns)
+        else:
+            zero = None if rounded.zero is None else rounded.zero[judged]
+            some = Codes(rounded.packed[judged], rounded.scale[judged], zero, scheme, rounded.columns)
+        return folding.undo(local, decoded(some), judged)
 
     best = of(codes)
     if (cost := worth(best)) > 0 and effort.shrinks > 1:

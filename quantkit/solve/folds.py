@@ -7,6 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from quantkit.grid import superblock
 from quantkit.grid.integer import from_codes, to_codes
 from quantkit.solve import awq, ranges
 from quantkit.solve.pooling import Pooled, kind
@@ -170,6 +171,8 @@ class _Chooser:
 def plainly_rounded(weight: Float[Tensor, "rows in"], scheme: Scheme, dtype: torch.dtype) -> Float[Tensor, "rows in"]:
     """Round to nearest within the groups' own extremes: what every search has to beat."""
     grouped = weight.view(len(weight), -1, scheme.width(weight.shape[1]))
+    if scheme.grid != "integer":
+        return superblock.decode(superblock.fit(weight, scheme.grid.upper(), rounds=0))
     return from_codes(to_codes(weight, *ranges.plain(grouped, scheme, dtype), scheme, dtype))
 
 

@@ -15,6 +15,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from quantkit.grid.integer import decode, encode
+from quantkit.grid.superblock import GROUP, SUPER, Superblocks, fit, grid_of, joined, nearest, with_codes
 from quantkit.solve import ranges
 from quantkit.types import Scheme
 
@@ -101,6 +102,35 @@ def compensated(
             target = _carried(wanted, error, upper, first, last) if first > start else target[:, : last - first]
             _round_columns(target, wanted, error, codes, upper[:, first:last, first:last], scale, zero, scheme.bits, first, last)
     return Rounded(codes.mT, torch.cat(scales, -1), torch.cat(zeros, -1) if zeros else None)
+
+
+def compensated_superblocks(weight: Float[Tensor, "stack rows in"], factored: Factor, kind: str) -> list[Superblocks]:
+    """The same on K-quants: a superblock's scales are searched when its turn comes, then its columns are rounded to the grids they make."""
+    stack, _, columns = weight.shape
+    upper, width = factored.upper, GROUP[kind]
+    diagonal = factored.diagonal.expand(stack, -1)
+    wanted = weight.mT.contiguous()
+    error = torch.zeros_like(wanted)
+    parts: list[list[Superblocks]] = [[] for _ in range(stack)]
+    for start in range(0, columns, SUPER):
+        target = _carried(wanted, error, upper, start, start + SUPER)
+        fits = [fit(one.mT.contiguous(), kind, diagonal[i, start : start + SUPER]) for i, one in enumerate(target)]
+        grids = [grid_of(one) for one in fits]
+        scale, minimum = torch.stack([s for s, _ in grids]), torch.stack([m for _, m in grids])  # (stack, rows, groups)
+        codes = torch.empty_like(target)
+        for first in range(start, start + SUPER, BLOCK):
+            last = first + BLOCK
+            target = _carried(wanted, error, upper, first, last)
+            inner = upper[:, first:last, first:last]
+            for j in range(BLOCK):
+                group = (first + j - start) // width
+                q = nearest(target[:, j], scale[..., group], minimum[..., group], kind)
+                codes[:, first + j - start] = q
+                error[:, first + j] = wanted[:, first + j] - (q * scale[..., group] + minimum[..., group])
+                target[:, j + 1 :] += inner[:, j, j + 1 :, None] * error[:, None, first + j]
+        for i, one in enumerate(fits):
+            parts[i].append(with_codes(one, codes[i].mT))
+    return [joined(part) for part in parts]
 
 
 def _carried(wanted: Tensor, error: Tensor, upper: Tensor, start: int, stop: int) -> Float[Tensor, "stack width rows"]:
