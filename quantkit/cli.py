@@ -25,6 +25,13 @@ if TYPE_CHECKING:
 MODEL = click.argument("model", required=False)
 RECIPE = click.option("--recipe", default="awq-w4", show_default=True, help="A shipped recipe (see `quantkit recipes`) or a YAML file.")
 ADAPTER = click.option("--adapter", metavar="DIR", help="A PEFT LoRA adapter, merged tensor by tensor as the checkpoint is read.")
+FORMATS = click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(["compressed-tensors", "gguf"]),
+    help="In place of the recipe's; may be given twice.",
+)
 UNITS = {"": 1, "b": 1} | {f"{unit}{'i' * (step == 1024)}b": step**n for step in (1000, 1024) for n, unit in enumerate("kmgt", 1)}
 
 
@@ -54,6 +61,7 @@ def main() -> None:
 @click.option("--output", metavar="DIR", help="The run's folder; a killed run goes on there. [default: MODEL-RECIPE]")
 @click.option("--calibration", metavar="MIX", help="A mix, or data: a .jsonl, .parquet or .txt file, a folder.")
 @ADAPTER
+@FORMATS
 @MAX_MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Threads of the matrix library. One is best on cores that others use too.")
 @click.option("--fresh", is_flag=True, help="Delete what an earlier run left in the folder and start anew.")
@@ -65,6 +73,7 @@ def quantize(
     output: str | None,
     calibration: str | None,
     adapter: str | None,
+    formats: tuple[str, ...],
     max_memory: int | None,
     threads: int | None,
     fresh: bool,
@@ -78,7 +87,7 @@ def quantize(
                 from quantkit.recipe import load_mix
 
                 load_mix(calibration)  # a plan does not need it, yet a wrong name is better told now
-            _print_plan(model, recipe, adapter, as_json)
+            _print_plan(model, recipe, adapter, formats, as_json)
             return
         from quantkit import pipeline
 
@@ -94,6 +103,7 @@ def quantize(
                 output=output,
                 calibration=calibration,
                 adapter=adapter,
+                formats=formats,
                 fresh=fresh,
                 max_memory=max_memory,
                 tell=tell,
@@ -105,14 +115,15 @@ def quantize(
 @click.argument("model", required=False)
 @RECIPE
 @ADAPTER
+@FORMATS
 @JSON
-def plan(model: str | None, recipe: str, adapter: str | None, as_json: bool) -> None:
+def plan(model: str | None, recipe: str, adapter: str | None, formats: tuple[str, ...], as_json: bool) -> None:
     """Every tensor's fate and the exact bytes of the output, from headers alone.
 
     MODEL is a folder, a Hub id (only headers are fetched; with --adapter the model is), or a config.json alone.
     """
     with _one_line_errors():
-        _print_plan(model, recipe, adapter, as_json)
+        _print_plan(model, recipe, adapter, formats, as_json)
 
 
 @main.command()
@@ -193,11 +204,11 @@ def families() -> None:
             click.echo(f"{'':10} {fold.producer} -> {', '.join(fold.consumers)}")
 
 
-def _print_plan(model: str | None, recipe: str, adapter: str | None, as_json: bool) -> None:
+def _print_plan(model: str | None, recipe: str, adapter: str | None, formats: tuple[str, ...], as_json: bool) -> None:
     from quantkit import pipeline, report
 
     _quiet()
-    made, sizes = pipeline.plan(model, recipe, adapter)
+    made, sizes = pipeline.plan(model, recipe, adapter, formats)
     if as_json:
         click.echo(json.dumps(report.plan_report(made, sizes), ensure_ascii=False))
         return
@@ -217,7 +228,7 @@ def _describe(result: "Result") -> str:
     lines = []
     for name, folder in result.artefacts.items():
         size = result.bytes[name]
-        lines.append(f"{name}: {folder}  {size:,} bytes, {about['bits_per_weight']:.3f} bits per weight")
+        lines.append(f"{name}: {folder}  {size:,} bytes, {about['bits_per_weight'][name]:.3f} bits per weight")
     if scores.get("tokens"):
         lines.append(
             f"held-out, {scores['tokens']:,} tokens: KL to the original {scores['kl']:.5f}, perplexity {scores['perplexity']:.4f} "
@@ -225,7 +236,9 @@ def _describe(result: "Result") -> str:
         )
     total = about["summary"]
     tokens = about["calibration"]["tokens"]
-    if tokens:
+    if not total["linears"]:
+        lines.append("nothing was quantized")
+    elif tokens:
         lines.append(f"mean relative output error {total['mean_error']:.3e} (plain rounding {total['mean_error_rounded']:.3e})")
     else:
         lines.append(f"mean relative weight error {total['mean_error']:.3e} (plain rounding, no calibration)")
@@ -236,8 +249,12 @@ def _describe(result: "Result") -> str:
     lines += _fed(about["calibration"])
     minutes, seconds = divmod(round(sum(about["seconds"].values())), 60)
     lines.append(f"{minutes} min {seconds:02d} s, peak memory {about['peak_memory'] / 2**30:.2f} GiB; report: {result.output / 'run.json'}")
-    folder = next(iter(result.artefacts.values()))
-    lines.append(f"serve: vllm serve {folder}")
+    rounded = about.get("gguf") or {"scales": 0, "minima": 0}
+    if rounded["scales"] or rounded["minima"]:
+        of = f"{rounded['scales']:,} scales and {rounded['minima']:,} minima of {rounded['groups']:,} groups"
+        lines.append(f"gguf: 16-bit floats hold {of} only rounded")
+    for name, folder in result.artefacts.items():
+        lines.append(f"serve: vllm serve {folder}" if name != "gguf" else f"serve: llama-server -m {next(folder.glob('*.gguf'))}")
     return "\n".join(lines)
 
 

@@ -29,7 +29,7 @@ from quantkit.calibrate.sources import read_samples
 from quantkit.calibrate.statistics import save_statistics
 from quantkit.errors import CalibrationError, CheckpointError, StoreError, WriteError
 from quantkit.model.adapter import Adapted
-from quantkit.model.blocks import Skeleton, Stream, published_entries
+from quantkit.model.blocks import Skeleton, Stream, published_entries, text_defaults
 from quantkit.model.checkpoint import Checkpoint, TensorSource, file_digest, read_json
 from quantkit.model.hub import find_folder, is_folder, remote_headers
 from quantkit.model.memory import Memory, give_back_memory, left_for_activations
@@ -41,10 +41,12 @@ from quantkit.report import Clock, Listener, silent
 from quantkit.run import Run
 from quantkit.store import Store
 from quantkit.types import Batch, Json, Plan, Statistics
+from quantkit.write import gguf
 from quantkit.write.compressed_tensors import FORMAT, PASSED_ON, CompressedTensors
+from quantkit.write.gguf.artefact import GgufFile
 
 SOLVED = "solved"
-OURS = (SOLVED, FORMAT, "run.json")  # what a run leaves in its folder
+OURS = (SOLVED, FORMAT, gguf.FORMAT, "run.json")  # what a run leaves in its folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,9 +63,11 @@ class Result:
         return dict(self.report["heldout"])
 
 
-def load_recipe(name: str, calibration: str | None = None) -> Recipe:
-    """A recipe, with another calibration mix where one is asked for."""
+def load_recipe(name: str, calibration: str | None = None, formats: Sequence[str] = ()) -> Recipe:
+    """A recipe, with another calibration mix or other formats where they are asked for."""
     recipe = recipes.load_recipe(name)
+    if formats:
+        recipe = recipe.model_copy(update={"formats": list(dict.fromkeys(formats))})
     if calibration is None:
         return recipe
     return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"mix": calibration})})
@@ -83,9 +87,13 @@ def open_checkpoint(model: str | None, adapter: str | None = None) -> TensorSour
     return Adapted(checkpoint, Path(adapter)) if adapter else checkpoint
 
 
-def plan(model: str | None, recipe: str = "awq-w4", adapter: str | None = None) -> tuple[Plan, Json]:
-    """Every tensor's fate and the exact bytes of each format, before a weight is read. `model` may be a config.json alone."""
-    chosen = load_recipe(recipe)
+def plan(model: str | None, recipe: str = "awq-w4", adapter: str | None = None, formats: Sequence[str] = ()) -> tuple[Plan, Json]:
+    """Every tensor's fate and the exact bytes of each format, before a weight is read. `model` may be a config.json alone.
+
+    A GGUF carries its tokenizer: where that is not at hand (a config alone, the Hub's headers), its bytes are told without it.
+    """
+    chosen = load_recipe(recipe, formats=formats)
+    folder = None
     if model is not None and Path(model).is_file():
         if adapter:
             raise CheckpointError(f"{model}: a config alone cannot take an adapter; give the model's folder")
@@ -93,11 +101,36 @@ def plan(model: str | None, recipe: str = "awq-w4", adapter: str | None = None) 
         families.find(config)  # an unknown architecture is better named by us than by a class that cannot be found
         made = make_plan(chosen, config, published_entries(config))
     elif model is not None and adapter is None and not is_folder(model):
-        made = make_plan(chosen, *remote_headers(model))
+        config, entries = remote_headers(model)
+        made = make_plan(chosen, config, entries)
     else:
         checkpoint = open_checkpoint(model, adapter)
-        made = make_plan(chosen, checkpoint.config, checkpoint.entries)
-    return made, {name: CompressedTensors(made, chosen.experts_layout).bytes for name in chosen.formats}
+        config, folder = checkpoint.config, checkpoint.folder
+        made = make_plan(chosen, config, checkpoint.entries)
+    sizes: dict[str, int] = {}
+    for name in chosen.formats:
+        told = name if name == FORMAT or folder else f"{name} without its tokenizer"
+        sizes[told] = _writer(name, chosen, made, _name(model), config, folder).bytes
+    return made, sizes
+
+
+def _writer(
+    name: str,
+    recipe: Recipe,
+    plan: Plan,
+    model: str,
+    config: Json,
+    tokenizer: Path | None,
+    checkpoint: TensorSource | None = None,
+    store: Store | None = None,
+    out: Path | None = None,
+) -> CompressedTensors | GgufFile:
+    """The writer of one format; without checkpoint, store and folder it only knows sizes."""
+    folder = out / name if out else None
+    if name == FORMAT:
+        return CompressedTensors(plan, recipe.experts_layout, checkpoint, store, folder)
+    types, pre = recipe.gguf.types, recipe.gguf.pre_tokenizer
+    return GgufFile(plan, text_defaults(config), model, types, pre, tokenizer, checkpoint, store, folder)
 
 
 def calibrate(
@@ -198,6 +231,7 @@ def quantize(
     output: str | Path | None = None,
     calibration: str | None = None,
     adapter: str | None = None,
+    formats: Sequence[str] = (),
     fresh: bool = False,
     max_memory: int | None = None,
     tell: Listener = silent,
@@ -210,6 +244,7 @@ def quantize(
         output: the run's folder; a run that was killed goes on there. Default: MODEL-RECIPE in the working directory.
         calibration: another mix or a .jsonl file in place of the recipe's.
         adapter: a PEFT LoRA adapter's folder, merged as the checkpoint is read.
+        formats: "compressed-tensors", "gguf" or both, in place of the recipe's; one more can be added to a run that is done.
         fresh: delete what an earlier run left in `output` and start anew.
         max_memory: bytes; activations that do not fit beside a block lie in mapped files in `output`, with the same result.
         tell: is told of each phase.
@@ -217,7 +252,7 @@ def quantize(
     Raises:
         QuantkitError: one line that says what is wrong, where, and what to do; nothing half-written looks whole.
     """
-    chosen = load_recipe(recipe, calibration)
+    chosen = load_recipe(recipe, calibration, formats)
     checkpoint = open_checkpoint(model, adapter)
     name = _name(model)
     out = Path(output) if output is not None else Path(f"{name}-{chosen.name}")
@@ -225,7 +260,8 @@ def quantize(
     with clock.phase("reading headers"):
         hashes = _input_hashes(checkpoint, chosen, adapter)
         plan = make_plan(chosen, checkpoint.config, checkpoint.entries, inputs=repr([sorted(hashes.items()), report.versions()]))
-        CompressedTensors(plan, chosen.experts_layout)  # what the format cannot express is refused before anything runs
+        for wanted in chosen.formats:  # what a format cannot express is refused before anything runs
+            _writer(wanted, chosen, plan, name, checkpoint.config, checkpoint.folder)
         clock.blocks = len(plan.blocks)
     with clock.phase("tokenizing"):
         tokenizer = load_tokenizer(checkpoint.folder)
@@ -244,8 +280,10 @@ def quantize(
     if fresh:
         _clear(out)
     store = Store(out / SOLVED, plan, {"model": name, "recipe": chosen.name, "calibration": settings.mix, "adapter": adapter})
-    folder = out / FORMAT
-    writer = CompressedTensors(plan, chosen.experts_layout, checkpoint, store, folder)
+    writers: dict[str, CompressedTensors | GgufFile] = {
+        wanted: _writer(wanted, chosen, plan, name, checkpoint.config, checkpoint.folder, checkpoint, store, out)
+        for wanted in chosen.formats
+    }
 
     with clock.phase("building the skeleton"):
         memory = Memory(left_for_activations(plan, max_memory), out)
@@ -255,12 +293,15 @@ def quantize(
         with clock.block(counts=block_plan.index not in store):
             reports.append(run.block(block_plan))
         with clock.phase("writing", block_plan.index):
-            writer.write_ready()
+            for writer in writers.values():
+                writer.write_ready()
     with clock.phase("scoring held-out samples", len(plan.blocks)):
         scores = run.score()
     with clock.phase("writing", len(plan.blocks)):
-        writer.write_ready()
-        writer.finish()
+        for writer in writers.values():
+            writer.write_ready()
+            writer.finish()
+    sizes: dict[str, int] = {name: writer.bytes for name, writer in writers.items()}
     about = {
         "model": name,
         "base_model": model.partition("@")[0] if model is not None and not Path(model).exists() else None,
@@ -268,11 +309,12 @@ def quantize(
         "family": plan.family,
         "model_type": plan.model_type,
         "parameters": report.parameters(plan),
-        "bytes": {FORMAT: writer.bytes},
-        "bits_per_weight": round(writer.bytes * 8 / report.parameters(plan), 4),
+        "bytes": sizes,
+        "bits_per_weight": {name: report.bits_per_weight(size, plan) for name, size in sizes.items()},
         "calibration": fed,
         "coverage": coverage_report(run.coverage, cells_of([*batches, *reserve]), settings.expert_tokens),
         "heldout": scores,
+        **{name: asdict(writer.layout.rounded) for name, writer in writers.items() if isinstance(writer, GgufFile)},
         "summary": report.summary(reports),
         "adapter": asdict(checkpoint.adapter) if isinstance(checkpoint, Adapted) else None,
         "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
@@ -284,10 +326,11 @@ def quantize(
         "samples": manifest(drawn.rows),
         "blocks": reports,
     }
-    write_card(folder, about)
-    write_manifest(folder, about)
+    for made in writers:
+        write_card(out / made, about, made)
+        write_manifest(out / made, about, made)
     report.write_json(out / "run.json", about)
-    return Result(out, {FORMAT: folder}, {FORMAT: writer.bytes}, about)
+    return Result(out, {made: out / made for made in writers}, sizes, about)
 
 
 def _heldout(recipe: Recipe, tokenizer: Any) -> list[Batch]:
@@ -339,6 +382,6 @@ def _clear(out: Path) -> None:
         raise StoreError(f"{out}: not a run of quantkit; --fresh deletes only those; give another --output")
     if foreign := [path.name for path in out.iterdir() if path.name not in OURS and not path.name.endswith(".part")]:
         raise StoreError(f"{out}: holds {foreign[0]!r}, which is not of a run; --fresh deletes nothing beside it; move it away")
-    for path in (out / SOLVED, out / FORMAT):
+    for path in (out / SOLVED, out / FORMAT, out / gguf.FORMAT):
         shutil.rmtree(path, ignore_errors=True)
     (out / "run.json").unlink(missing_ok=True)

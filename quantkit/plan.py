@@ -5,6 +5,7 @@ import fnmatch
 import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from quantkit import families
@@ -13,6 +14,13 @@ from quantkit.families.family import SERVED_AS_ONE, STAGES, Family, in_block, ma
 from quantkit.recipe import GROUPS, Override, Recipe, Weights
 from quantkit.types import BlockPlan, Entry, Fold, Json, Linear, Plan, Scheme, Source
 
+K_QUANTS = {"q4_k": (4, 32, False), "q5_k": (5, 32, False), "q6_k": (6, 16, True)}  # bits, group, symmetric
+SUPER = 256  # columns that share K-quants' scales
+OTHERWISE = {  # where 256 does not divide the columns: the next larger type with groups of 32, as llama.cpp takes
+    "q4_k": Weights(bits=5, group=32, symmetric=True),
+    "q5_k": Weights(bits=5, group=32, symmetric=False),
+    "q6_k": Weights(bits=8, group=32, symmetric=True),
+}
 WEIGHTS = ("torch.bfloat16", "torch.float16", "torch.float32")  # by name: a plan is made without torch
 
 
@@ -55,13 +63,24 @@ def make_plan(recipe: Recipe, config: Json, entries: Mapping[str, Entry], inputs
     if isinstance(depth, int) and depth != len(blocks):
         raise FamilyError(f"the checkpoint holds {len(blocks)} decoder blocks, config.json says {depth} (num_hidden_layers)")
     head = _head_width(config)
-    plans = tuple(_plan_block(recipe, family, i, *blocks[i], entries, head) for i in sorted(blocks))
-    if not any(linear.scheme for block in plans for linear in block.linears):
+    values = [i for i in sorted(blocks) if "self_attn.v_proj.weight" in blocks[i][1]]
+    places = {i: _Place(i, len(blocks), values.index(i) if i in values else 0, len(values)) for i in blocks}
+    plans = tuple(_plan_block(recipe, family, places[i], *blocks[i], entries, head) for i in sorted(blocks))
+    only_converted = not recipe.targets and recipe.formats == ["gguf"]
+    if not only_converted and not any(linear.scheme for block in plans for linear in block.linears):
         raise RecipeError(f"recipe {recipe.name}: its targets leave nothing to quantize")
     _check_patterns(recipe, plans)
+    schemes = [[linear.name, str(linear.scheme)] for block in plans for linear in block.linears]
     digest = hashlib.sha256(
         json.dumps(
-            [recipe.model_dump(mode="json"), model_type, sorted((n, str(e.dtype), e.shape) for n, e in entries.items()), inputs]
+            # formats and what only a writer asks decide no code: a format can be added to a run later
+            [
+                recipe.model_dump(mode="json", exclude={"formats", "gguf"}),
+                model_type,
+                sorted((n, str(e.dtype), e.shape) for n, e in entries.items()),
+                schemes,
+                inputs,
+            ]
         ).encode()
     ).hexdigest()
     return Plan(
@@ -94,15 +113,42 @@ def _unknown(family: Family, name: str, local: str, known: Iterable[str]) -> Non
     )
 
 
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a block stands, for mixes that give some layers more bits."""
+
+    index: int
+    depth: int
+    value: int  # how many blocks with values come before it
+    values: int  # and how many there are
+
+    def more_bits(self, number: int, count: int) -> bool:
+        """The first and the last eighth, and every third between: llama.cpp's use_more_bits."""
+        return number < count // 8 or number >= 7 * count // 8 or (number - count // 8) % 3 == 2
+
+
+def _of_mix(weights: Weights, local: str, place: _Place) -> Weights:
+    """A mix's type for one linear (llama.cpp, src/llama-quant.cpp: llama_tensor_get_type)."""
+    if weights.grid not in ("q4_k_m", "q4_k_s"):
+        return weights
+    rich = False
+    if local.endswith("v_proj"):
+        rich = place.more_bits(place.value, place.values) if weights.grid == "q4_k_m" else place.value < 4
+    elif local.endswith("down_proj"):
+        rich = place.more_bits(place.index, place.depth) if weights.grid == "q4_k_m" else place.index < place.depth // 8
+    return Weights(grid=("q6_k" if weights.grid == "q4_k_m" else "q5_k") if rich else "q4_k")
+
+
 def _plan_block(
     recipe: Recipe,
     family: Family,
-    index: int,
+    place: _Place,
     prefix: str,
     tensors: Mapping[str, str],
     entries: Mapping[str, Entry],
     head: int,
 ) -> BlockPlan:
+    index = place.index
     found: dict[str, tuple[Source, tuple[int, int], str]] = {}  # local name -> source, shape, name as written
     kept: dict[str, str] = {}
     for local, name in tensors.items():
@@ -121,7 +167,7 @@ def _plan_block(
     for source, _, _ in found.values():
         if str(entries[source.tensor].dtype) not in WEIGHTS:
             raise FamilyError(f"{source.tensor}: holds {entries[source.tensor].dtype}; quantkit starts from bf16, fp16 or fp32 weights")
-    wanted = {local: _wanted(recipe, index, local) for local in found}
+    wanted = {local: _wanted(recipe, place, local) for local in found}
     schemes, notes = _schemes(recipe, index, found, wanted)
     linears = tuple(
         Linear(written, local, source, shape, schemes[local], notes.get(local, ""))
@@ -163,7 +209,7 @@ def _split_fused(parts: tuple[str, ...], shape: tuple[int, ...]) -> Iterable[tup
             yield expert, _Matrix(pattern.replace("*", str(expert)), rows, (share, columns))
 
 
-def _wanted(recipe: Recipe, index: int, local: str) -> tuple[Weights | None, str]:
+def _wanted(recipe: Recipe, place: _Place, local: str) -> tuple[Weights | None, str]:
     """The scheme that the recipe asks for, or None and why."""
     answer: tuple[Weights | None, str]
     if not _any_match(recipe.targets, local):
@@ -173,9 +219,10 @@ def _wanted(recipe: Recipe, index: int, local: str) -> tuple[Weights | None, str
     else:
         answer = recipe.weights, ""
     for override in recipe.overrides:
-        if _any_match(override.patterns(), local) and (override.layers is None or index in override.layers):
+        if _any_match(override.patterns(), local) and (override.layers is None or place.index in override.layers):
             answer = _overridden(override, recipe)
-    return answer
+    weights, why = answer
+    return (None, why) if weights is None else (_of_mix(weights, local, place), why)
 
 
 def _overridden(override: Override, recipe: Recipe) -> tuple[Weights | None, str]:
@@ -183,6 +230,8 @@ def _overridden(override: Override, recipe: Recipe) -> tuple[Weights | None, str
         return None, "kept by an override of the recipe"
     # what an override leaves unsaid is the recipe's
     said = override.weights.model_dump(exclude_unset=True) if override.weights else {}
+    if "grid" in said or recipe.weights.grid != "integer":  # a grid says all
+        return override.weights or recipe.weights, ""
     return recipe.weights.model_copy(update=said), ""
 
 
@@ -202,6 +251,8 @@ def _schemes(
     for local in found:
         stem = local.partition("experts.")[0] + "experts" if "experts." in local else local
         served = next((names[0] for names in SERVED_AS_ONE if local in names), stem)
+        if recipe.formats == ["gguf"]:  # there each matrix has a type of its own, and each kind of expert matrix one
+            served = local.rpartition(".")[2] + " of experts" if "experts." in local else local
         together.setdefault(served, []).append(local)
     schemes: dict[str, Scheme | None] = {}
     for locals_ in together.values():
@@ -216,6 +267,13 @@ def _schemes(
             schemes |= dict.fromkeys(locals_, None)
             continue
         widths = {found[local][1][1] for local in locals_}
+        if weights.grid != "integer":
+            odd = next((width for width in sorted(widths) if width % SUPER), None)
+            if odd is None:
+                schemes |= dict.fromkeys(locals_, Scheme(*K_QUANTS[weights.grid], grid=weights.grid))
+                continue
+            notes |= dict.fromkeys(locals_, f"{weights.grid}: 256 does not divide {odd}")
+            weights = OTHERWISE[weights.grid]
         group = _fitting_group(recipe, weights, widths, index, locals_, found)
         for local in locals_:
             schemes[local] = Scheme(weights.bits, group, weights.symmetric, weights.signed and weights.symmetric)

@@ -21,12 +21,22 @@ class _Strict(BaseModel):
 
 
 class Weights(_Strict):
-    """A storage scheme: 4 or 8 bits, a scale for every `group` columns ("row": one for the whole row)."""
+    """A storage scheme: 4 or 8 bits, a scale for every `group` columns ("row": one for the whole row); or a K-quant of GGUF.
+
+    q4_k_m and q4_k_s are llama.cpp's mixes: q4_k, with more bits for values and down projections of some layers.
+    """
 
     bits: Literal[2, 3, 4, 5, 6, 7, 8] = 4
     group: Literal[32, 64, 128, "row"] = 32
     symmetric: bool = True
     signed: bool = False  # symmetric scales may be negative, so that a group uses all 2^bits codes; plain rounding ignores it
+    grid: Literal["integer", "q4_k", "q5_k", "q6_k", "q4_k_m", "q4_k_s"] = "integer"
+
+    @model_validator(mode="after")
+    def _says_it_once(self) -> "Weights":
+        if self.grid != "integer" and (self.bits, self.group, self.symmetric) != (4, 32, True):  # the defaults: left out
+            raise ValueError(f"grid {self.grid} has its own bits, group and symmetry; leave them out")
+        return self
 
 
 class Override(_Strict):
@@ -96,6 +106,17 @@ class Score(_Strict):
     sequence_length: Annotated[int, Field(ge=16, le=131072)] = 512
 
 
+GgmlType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0"]
+
+
+class Gguf(_Strict):
+    """What only a GGUF asks: types of tensors that are not quantized, by patterns of llama.cpp's names; how its tokenizer splits."""
+
+    # "token_embd": [q6_k, q8_0]: the last pattern that matches; of several types the first whose blocks divide the rows
+    types: dict[str, GgmlType | Annotated[list[GgmlType], Field(min_length=1)]] = {}
+    pre_tokenizer: str | None = None  # llama.cpp's name; None: found by the pattern in tokenizer.json
+
+
 class Recipe(_Strict):
     """What to do with a checkpoint. Order of precedence: overrides (the last that matches), ignore, targets."""
 
@@ -106,8 +127,9 @@ class Recipe(_Strict):
     targets: list[str] = ["*"]
     ignore: list[str] = []
     overrides: list[Override] = []
-    formats: Annotated[list[Literal["compressed-tensors"]], Field(min_length=1)] = ["compressed-tensors"]
+    formats: Annotated[list[Literal["compressed-tensors", "gguf"]], Field(min_length=1)] = ["compressed-tensors"]
     experts_layout: Literal["per-expert", "fused"] = "per-expert"
+    gguf: Gguf = Gguf()
     calibration: Calibration = Calibration()
     search: Search = Search()
     score: Score = Score()

@@ -223,6 +223,11 @@ def parameters(plan: Plan) -> int:
     return sum(entry.bytes // entry.dtype.itemsize for entry in plan.entries.values())
 
 
+def bits_per_weight(size: int, plan: Plan) -> float:
+    """Bits of `size` bytes over every weight of the checkpoint."""
+    return round(size * 8 / parameters(plan), 4)
+
+
 def write_json(path: Path, value: Json) -> None:
     """Beside and renamed, so that a reader never meets half a report."""
     temporary = path.with_name(f".{path.name}.part")

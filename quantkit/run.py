@@ -18,7 +18,7 @@ from quantkit.calibrate.coverage import cells_of, top_up, watch_routing
 from quantkit.calibrate.observe import observe, sensitivity
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluate.divergence import Scores, compare
-from quantkit.grid.integer import from_codes
+from quantkit.grid.decoded import decoded
 from quantkit.model.blocks import Skeleton, State, Stream
 from quantkit.model.checkpoint import TensorSource
 from quantkit.model.experts import replace_weight, weight_of
@@ -198,7 +198,7 @@ class Run:
                 solved |= solve_linears(linears, weights, folding, Pooled(stats, effort.expert_floor), effort, stats)
                 if not last:
                     for local in stage:
-                        replace_weight(twin, local, folding.undo(local, from_codes(solved[local].codes)))
+                        replace_weight(twin, local, folding.undo(local, decoded(solved[local].codes)))
             give_back_memory()
         ordered = {linear.local: solved[linear.local] for linear in plan.linears if linear.scheme}
         return SolvedBlock(plan.index, ordered, folding.folded, tuple(folding.reports), proof)
@@ -326,7 +326,7 @@ def _install(plan: BlockPlan, block: nn.Module, solved: SolvedBlock) -> None:
             continue
         weight = weight_of(block, linear.local)
         if weight is not None:
-            weight.copy_(from_codes(solved.linears[linear.local].codes))
+            weight.copy_(decoded(solved.linears[linear.local].codes))
     for local, tensor in solved.folded.items():
         owner, _, leaf = local.rpartition(".")
         getattr(block.get_submodule(owner), leaf).data.copy_(tensor)

@@ -197,7 +197,7 @@ def test_quantize_tells_what_it_made(model, recipe, tmp_path):
     folder = tmp_path / "compressed-tensors"
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
     first, scores, errors, experts, *_, last = text.splitlines()
-    assert first == f"compressed-tensors: {folder}  {size:,} bytes, {report['bits_per_weight']:.3f} bits per weight"
+    assert first == f"compressed-tensors: {folder}  {size:,} bytes, {report['bits_per_weight']['compressed-tensors']:.3f} bits per weight"
     assert f"KL to the original {report['heldout']['kl']:.5f}, perplexity {report['heldout']['perplexity']:.4f}" in scores
     assert f"{report['heldout']['tokens']:,} tokens" in scores
     assert f"{report['summary']['mean_error']:.3e}" in errors

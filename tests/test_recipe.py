@@ -78,8 +78,9 @@ ignore: [self_attn.o_proj]
 overrides:
   - {match: self_attn.*, weights: {bits: 8, group: 128}}
   - {match: [mlp.up_proj, mlp.gate_proj], layers: [3], keep: true}
-formats: [compressed-tensors]
+formats: [compressed-tensors, gguf]
 experts_layout: fused
+gguf: {types: {token_embd: q8_0}, pre_tokenizer: tekken}
 calibration: {mix: other.jsonl, samples: 7, sequence_length: 256, batch_tokens: 512, seed: 11}
 search: {exponents: 10, rows: 64, shrinks: 5, expert_floor: 0, propagate: original}
 score: {samples: 0, sequence_length: 64}
@@ -136,7 +137,8 @@ def test_an_unknown_key_is_named_with_its_place_and_the_nearest(text, key, hint,
         ("targets: mlp.*", "targets"),
         ("overrides: {match: a}", "overrides"),
         ("overrides: [{keep: true}]", "overrides.0.match"),
-        ("formats: [gguf]", "formats.0"),
+        ("formats: [gptq]", "formats.0"),
+        ("gguf: {types: {output: q9_0}}", "gguf.types.output"),
         ("formats: []", "formats"),
         ("experts_layout: stacked", "experts_layout"),
         ("calibration: {samples: 0}", "calibration.samples"),

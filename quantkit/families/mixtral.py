@@ -1,8 +1,31 @@
 """Mixtral (8x7B, 8x22B): experts are published as block_sparse_moe.experts.N.w1 (gate), w3 (up) and w2 (down)."""
 
-from quantkit.families.family import ATTENTION, ENDS, PLAIN_RESIDUAL, QKV, VALUES_TO_OUTPUT, Family, Fold
+from quantkit.families.family import (
+    ATTENTION,
+    ENDS,
+    GGUF_EXPERTS,
+    GGUF_LLAMA_NAMES,
+    PLAIN_RESIDUAL,
+    QKV,
+    VALUES_TO_OUTPUT,
+    Config,
+    Family,
+    Fold,
+    Gguf,
+    Metadata,
+    full_attention_only,
+    gguf_metadata,
+    same,
+)
 
 EXPERT_GATE_UP = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+
+
+def _gguf(config: Config) -> Metadata:
+    same("hidden_act", config["hidden_act"], ["silu"])
+    experts = {"expert_count": config["num_local_experts"], "expert_used_count": config["num_experts_per_tok"]}
+    return {**gguf_metadata(config), **full_attention_only(config), **experts}
+
 
 FAMILY = Family(
     name="mixtral",
@@ -26,4 +49,5 @@ FAMILY = Family(
     outside=ENDS,
     ignore=("lm_head", r"re:.*\.(mlp|block_sparse_moe)\.gate$"),
     residual=PLAIN_RESIDUAL,
+    gguf={"mixtral": Gguf("llama", {**GGUF_LLAMA_NAMES, **GGUF_EXPERTS}, _gguf, permuted=("self_attn.q_proj", "self_attn.k_proj"))},
 )

@@ -1,8 +1,41 @@
 """Qwen3 with experts (30B-A3B, 235B-A22B); layers of mlp_only_layers are dense."""
 
-from quantkit.families.family import ATTENTION, ENDS, GATE_UP, MLP, PLAIN_RESIDUAL, QKV, UP_TO_DOWN, VALUES_TO_OUTPUT, Family, Fold
+from quantkit.families.family import (
+    ATTENTION,
+    ENDS,
+    GATE_UP,
+    GGUF_EXPERTS,
+    GGUF_LLAMA_NAMES,
+    MLP,
+    PLAIN_RESIDUAL,
+    QKV,
+    UP_TO_DOWN,
+    VALUES_TO_OUTPUT,
+    Config,
+    Family,
+    Fold,
+    Gguf,
+    Metadata,
+    full_attention_only,
+    gguf_metadata,
+    same,
+)
 
 EXPERT_GATE_UP = ("mlp.experts.*.gate_proj", "mlp.experts.*.up_proj")
+
+
+def _gguf(config: Config) -> Metadata:
+    same("hidden_act", config["hidden_act"], ["silu"])
+    same("norm_topk_prob", config.get("norm_topk_prob"), [True])
+    same("mlp_only_layers", config.get("mlp_only_layers") or [], [[]])
+    same("decoder_sparse_step", config.get("decoder_sparse_step", 1), [1])
+    experts = {
+        "expert_count": config["num_experts"] if "num_experts" in config else config["num_local_experts"],
+        "expert_used_count": config["num_experts_per_tok"],
+        "expert_feed_forward_length": config["moe_intermediate_size"],
+    }
+    return {**gguf_metadata(config), **full_attention_only(config), **experts}
+
 
 FAMILY = Family(
     name="qwen3_moe",
@@ -28,4 +61,5 @@ FAMILY = Family(
     outside=ENDS,
     ignore=("lm_head", r"re:.*\.mlp\.gate$"),
     residual=PLAIN_RESIDUAL,
+    gguf={"qwen3_moe": Gguf("qwen3moe", {**GGUF_LLAMA_NAMES, **GGUF_EXPERTS}, _gguf)},
 )

@@ -84,6 +84,18 @@ def _parse_config(config: Json) -> Any:
     return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
 
 
+def text_defaults(config: Json) -> Json:
+    """The text part of a config.json with the defaults that its transformers class fills in: published ones leave many out.
+
+    Raises:
+        CheckpointError: transformers cannot read it.
+    """
+    try:
+        return dict(_parse_config(config).get_text_config().to_dict())
+    except Exception as problem:
+        raise CheckpointError(f"config.json: transformers cannot read it ({_line(problem)})") from None
+
+
 def _line(problem: BaseException) -> str:
     return f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
 

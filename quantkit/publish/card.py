@@ -7,8 +7,8 @@ import jinja2
 from quantkit.types import Json
 
 
-def write_card(folder: Path, about: Json) -> None:
-    """README.md of an artefact, from the run's report."""
+def write_card(folder: Path, about: Json, format: str) -> None:
+    """README.md of the artefact of one format, from the run's report."""
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("quantkit.publish", "."), undefined=jinja2.StrictUndefined, keep_trailing_newline=True
     )
@@ -20,9 +20,13 @@ def write_card(folder: Path, about: Json) -> None:
     text = environment.get_template("card.md.jinja").render(
         title=f"{about['model']} {recipe['name']}",
         base_model=about["base_model"],
+        quantized=bool(rows),
         scheme=f"{weights['bits']} bits, {'symmetric' if weights['symmetric'] else 'asymmetric'}, group {weights['group']}",
-        bytes=sum(about["bytes"].values()),
-        bits_per_weight=about["bits_per_weight"],
+        format=format,
+        bytes=about["bytes"][format],
+        bits_per_weight=about["bits_per_weight"][format],
+        gguf=next((path.name for path in folder.glob("*.gguf")), ""),
+        rounded=about.get("gguf"),
         parameters=about["parameters"],
         recipe=recipe["name"],
         recipe_description=recipe["description"],

@@ -9,14 +9,15 @@ from quantkit.types import Json
 NAME = "quantkit.json"
 
 
-def write_manifest(folder: Path, about: Json) -> None:
+def write_manifest(folder: Path, about: Json, format: str) -> None:
     """SHA-256 and size of every file of the folder, and the run's provenance without its per-linear tables."""
     files = {}
     for path in sorted(folder.iterdir()):
         if path.is_file() and path.name != NAME and not path.name.startswith("."):
             files[path.name] = {"bytes": path.stat().st_size, "sha256": _sha256(path)}
-    wanted = ("model", "recipe", "family", "parameters", "bits_per_weight", "calibration", "heldout", "versions", "inputs")
-    write_json(folder / NAME, {"files": files, **{key: about[key] for key in wanted}})
+    wanted = ("model", "recipe", "family", "parameters", "calibration", "heldout", "versions", "inputs")
+    bits = about["bits_per_weight"][format]
+    write_json(folder / NAME, {"files": files, "format": format, "bits_per_weight": bits, **{key: about[key] for key in wanted}})
 
 
 def _sha256(path: Path) -> str:
