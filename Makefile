@@ -2,8 +2,9 @@
 PYTHON ?= python3
 VENV := .venv
 ENGINES := .venv-engines
+LLAMA := .venv-llama
 RIVALS := .venv-rivals/ready .venv-autoround/ready
-.PHONY: demo test format engines memory reference rivals
+.PHONY: demo test format engines llama memory reference rivals
 
 # PyTorch by itself first: a dependency that asks for any torch would otherwise bring the largest one
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -43,6 +44,15 @@ $(ENGINES)/ready: benchmarks/engines/constraints.txt
 
 engines: $(VENV)/ready $(ENGINES)/ready
 	$(VENV)/bin/python benchmarks/engines/verify.py --engine-python $(ENGINES)/bin/python
+
+# llama.cpp in an environment of its own (compiled by pip: needs cmake and a C++ compiler, ten minutes), and a table of its logits
+$(LLAMA)/ready: benchmarks/engines/llama-constraints.txt
+	$(PYTHON) -m venv $(LLAMA)
+	CMAKE_ARGS=-DLLAVA_BUILD=OFF $(LLAMA)/bin/pip install --quiet --disable-pip-version-check --constraint benchmarks/engines/llama-constraints.txt llama-cpp-python
+	touch $@
+
+llama: $(VENV)/ready $(LLAMA)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/engines/verify_gguf.py --engine-python $(LLAMA)/bin/python
 
 # llm-compressor (.venv-rivals) and AutoRound (.venv-autoround): their pins exclude ours and each other's (1.5 GB each)
 $(RIVALS): .venv-%/ready: benchmarks/rivals/requirements-%.txt

@@ -70,7 +70,7 @@ def plain(folder: Path, out: Path) -> int:
     state, count = weights(folder)
     config = json.loads((folder / "config.json").read_text())
     del config["quantization_config"]
-    if config["model_type"] == "gemma4":
+    if config["model_type"].startswith("gemma4"):
         state = _fused_experts(state)
     if config["model_type"] == "gemma3n":
         state, config = _text_only(state, config)
