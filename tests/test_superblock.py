@@ -3,9 +3,11 @@
 import pytest
 import torch
 
-from quantkit.grid import superblock
-from quantkit.grid.superblock import SIZES, decode, fit, grid_of, limits, pack, unpack, with_codes
+from quantkit.grid import integer, superblock
+from quantkit.grid.superblock import LIMITS, SIZES, decode, fit, grid_of, nearest, pack, unpack, with_codes
+from quantkit.solve import ranges
 from quantkit.solve.rounding import compensated_superblocks, factor
+from quantkit.types import Scheme
 
 gguf = pytest.importorskip("gguf")
 KINDS = sorted(SIZES)
@@ -36,7 +38,7 @@ def test_bytes_are_the_packages(kind):
     assert SIZES[kind] == gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
     blocks = fit(weights(tails=True), kind, uneven())
     rows = pack(blocks)
-    assert rows.shape == (12, 2 * SIZES[kind][1])
+    assert rows.shape == (12, 512 // SIZES[kind][0] * SIZES[kind][1])
     assert torch.equal(read_back(rows, kind), decode(blocks))
     again = unpack(rows, kind)
     for part in ("d", "e", "s", "m", "q"):
@@ -64,7 +66,7 @@ def test_refits_and_importance_pay(kind, tails):
     searched = error(decode(fit(weight, kind, importance)), weight, importance)
     once = error(decode(fit(weight, kind, importance, rounds=0)), weight, importance)
     blind = error(decode(fit(weight, kind)), weight, importance)
-    assert searched < 0.99 * once
+    assert searched < (1.0 if kind == "IQ4_NL" else 0.99) * once  # without small scales there is little left to refit
     assert searched < 0.95 * blind
 
 
@@ -73,7 +75,7 @@ def test_a_superblock_beats_one_range_a_group(kind, least):
     """Against asymmetric groups of 32 with exact scales from their extremes: smaller scales of 6 bits must not eat the gain."""
     weight = weights(48, seed=4)
     grouped = weight.view(48, -1, 32)
-    low, top = grouped.amin(-1, keepdim=True), limits(kind)[1]
+    low, top = grouped.amin(-1, keepdim=True), LIMITS[kind][1]
     step = (grouped.amax(-1, keepdim=True) - low) / top
     plain = ((grouped - low) / step).round() * step + low
     assert error(decode(fit(weight, kind)), weight, torch.ones(512)) < least * error(plain.view_as(weight), weight, torch.ones(512))
@@ -88,11 +90,13 @@ def test_a_group_is_an_affine_grid_of_its_own(kind):
     width = superblock.GROUP[kind]
     assert scale.shape == minimum.shape == (12, 512 // width)
     grouped = weight.view(12, -1, width)
-    nearest = ((grouped - minimum[..., None]) / scale[..., None]).round().clamp(*limits(kind)).view_as(weight)
-    assert torch.equal(nearest, blocks.q)
+    assert torch.equal(nearest(grouped, scale[..., None], minimum[..., None], kind).view_as(weight), blocks.q)
+    if kind == "IQ4_NL":  # the next level is not one step away
+        assert blocks.q.unique().tolist() == superblock.LEVELS.tolist()
+        return
     other = with_codes(blocks, blocks.q + 1)
     moved = (decode(other) - decode(blocks)).view(12, -1, width)
-    inside = (blocks.q < limits(kind)[1]).view_as(moved)
+    inside = (blocks.q < LIMITS[kind][1]).view_as(moved)
     assert torch.allclose(moved[inside], scale[..., None].expand_as(moved)[inside], atol=1e-7)
     assert bool((moved[~inside] == 0).all())
 
@@ -115,7 +119,7 @@ def test_values_of_one_sign(kind):
     weight = weights().abs() + 0.05
     for sign in (1, -1):
         made = decode(fit(weight * sign, kind))
-        assert float((made - weight * sign).square().mean()) < 2e-2 * float(weight.var())
+        assert float((made - weight * sign).square().mean()) < (0.12 if kind == "IQ4_NL" else 2e-2) * float(weight.var())
 
 
 def test_what_cannot_be_fitted_is_refused():
@@ -123,6 +127,17 @@ def test_what_cannot_be_fitted_is_refused():
         fit(weights(2, 96), "Q4_K")
     with pytest.raises(ValueError, match="beyond Q6_K"):
         fit(weights() * 1e12, "Q6_K")
+    assert fit(weights(2, 96), "IQ4_NL").d.shape == (2, 3)
+
+
+def test_levels_beat_even_steps_on_bell_shaped_weights():
+    """What IQ4_NL is for, at the same 4.5 bits as Q4_0."""
+    weight, importance = weights(64), torch.ones(512)
+    scheme = Scheme(4, 32, True, signed=True)
+    grouped = weight.view(-1, 32)
+    scale, zero, _ = ranges.search(grouped[:, None], torch.ones(1, 1, 32), scheme, torch.float16, 10)
+    even = integer.decode(integer.encode(grouped[:, None], scale, zero, 4), scale, zero).view_as(weight)
+    assert error(decode(fit(weight, "IQ4_NL")), weight, importance) < 0.95 * error(even, weight, importance)
 
 
 # --- Rounding that compensates (solve/rounding.py) -------------------------------------------------------------------------------

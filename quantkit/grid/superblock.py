@@ -4,6 +4,8 @@
                  groups of 32: w = d s q - e m, q of 4 or 5 bits: 4.5 and 5.5 bits a weight
     Q6_K         128 bytes of the lower four bits; 64 of the upper two; 16 x int8 s; f16 d
                  groups of 16: w = d s (q - 32), q of 6 bits: 6.5625 bits a weight
+    IQ4_NL       f16 d; 16 bytes: i[j] | i[j + 16] << 4, for rows that 256 does not divide
+                 32 weights, no smaller groups: w = d q, q one of 16 levels that lie denser about 0: 4.5 bits a weight
 
 Once d, e, s and m are chosen, every group is an affine grid of its own, `grid_of`: a solver that rounds column by column needs no more,
 and puts its codes back with `with_codes`. Byte orders: ggml/src/ggml-common.h and ggml-quants.c of llama.cpp.
@@ -20,9 +22,12 @@ from jaxtyping import Float, UInt8
 from torch import Tensor
 
 SUPER = 256
-SIZES = {"Q4_K": (SUPER, 144), "Q5_K": (SUPER, 176), "Q6_K": (SUPER, 210)}
-BITS = {"Q4_K": 4, "Q5_K": 5, "Q6_K": 6}
-GROUP = {"Q4_K": 32, "Q5_K": 32, "Q6_K": 16}
+SIZES = {"Q4_K": (SUPER, 144), "Q5_K": (SUPER, 176), "Q6_K": (SUPER, 210), "IQ4_NL": (32, 18)}  # weights, bytes
+LIMITS = {"Q4_K": (0, 15), "Q5_K": (0, 31), "Q6_K": (-32, 31), "IQ4_NL": (-127, 113)}
+GROUP = {"Q4_K": 32, "Q5_K": 32, "Q6_K": 16, "IQ4_NL": 32}
+SMALL = {"Q4_K": (0, 63), "Q5_K": (0, 63), "Q6_K": (-128, 127), "IQ4_NL": (1, 1)}  # scales of groups
+SYMMETRIC = ("Q6_K", "IQ4_NL")  # no minima
+LEVELS = torch.tensor([-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])  # kvalues_iq4nl of ggml-common.h
 CHUNK = 1 << 17  # weights that are searched at a time: temporaries stay in the cache
 STEPS = 20  # first guesses of a group's scale
 ROUNDS = 2  # refits; a third gains less than .003 of the error
@@ -31,30 +36,30 @@ FLOOR = 1e-6  # of the mean importance: columns that were never fed still get th
 
 @dataclass(frozen=True, slots=True)
 class Superblocks:
-    """A matrix on such a grid, (out, in / 256) superblocks. Floats hold whole numbers but for the fp16 values d and e."""
+    """A matrix on such a grid, (out, in / 256) superblocks (IQ4_NL: in / 32). Floats hold whole numbers but for the fp16 values d and e."""
 
     kind: str
     d: Float[Tensor, "out blocks"]
-    e: Float[Tensor, "out blocks"]  # zeros in Q6_K
+    e: Float[Tensor, "out blocks"]  # zeros where there are no minima
     s: Float[Tensor, "out blocks groups"]
-    m: Float[Tensor, "out blocks groups"]  # zeros in Q6_K
-    q: Float[Tensor, "out in"]  # 0 .. 2^bits-1; in Q6_K -32 .. 31
+    m: Float[Tensor, "out blocks groups"]  # zeros where there are no minima
+    q: Float[Tensor, "out in"]  # 0 .. 2^bits-1; in Q6_K -32 .. 31; in IQ4_NL the level itself
 
 
 def fit(weight: Float[Tensor, "out in"], kind: str, importance: Float[Tensor, " in"] | None = None, rounds: int = ROUNDS) -> Superblocks:
     """The nearest matrix on the grid that the search finds.
 
     Args:
-        weight: fp32; 256 divides its columns.
+        weight: fp32; whole superblocks divide its columns.
         importance: of each column's squared error, such as the Gram's diagonal; None: all alike.
         rounds: refits; 0 is a plain rounding whose groups each have their best scale.
 
     Raises:
-        ValueError: a width that 256 does not divide, or weights beyond fp16.
+        ValueError: a width that superblocks do not divide, or weights beyond fp16.
     """
     out, columns = weight.shape
-    if columns % SUPER:
-        raise ValueError(f"{columns} columns are not whole superblocks of {SUPER}")
+    if columns % SIZES[kind][0]:
+        raise ValueError(f"{columns} columns are not whole superblocks of {SIZES[kind][0]}")
     w = torch.ones(columns)
     if importance is not None and bool((importance > 0).any()):
         w = importance.float().clamp(min=0)
@@ -68,7 +73,7 @@ def fit(weight: Float[Tensor, "out in"], kind: str, importance: Float[Tensor, " 
 
 
 def grid_of(blocks: Superblocks) -> tuple[Float[Tensor, "out groups"], Float[Tensor, "out groups"]]:
-    """(scale, minimum) of every group: a weight is scale x code + minimum; of Q6_K codes are signed and minima 0."""
+    """(scale, minimum) of every group: a weight is scale x code + minimum."""
     out = len(blocks.d)
     return (blocks.d[..., None] * blocks.s).view(out, -1), -(blocks.e[..., None] * blocks.m).view(out, -1)
 
@@ -82,13 +87,14 @@ def decode(blocks: Superblocks) -> Float[Tensor, "out in"]:
 
 def nearest(weight: Tensor, scale: Tensor, minimum: Tensor, kind: str) -> Tensor:
     """The codes next to some weights, on grids that broadcast against them."""
-    q = ((weight - minimum) / _not_zero(scale)).round_().clamp_(*limits(kind))
-    return torch.where(scale == 0, torch.zeros_like(q), q)
+    q = (weight - minimum) / _not_zero(scale)
+    q = LEVELS[torch.bucketize(q, (LEVELS[1:] + LEVELS[:-1]) / 2)] if kind == "IQ4_NL" else q.round_().clamp_(*LIMITS[kind])
+    return torch.where(scale == 0, torch.full_like(q, float(kind == "IQ4_NL")), q)  # the level 1 is the nearest to nothing
 
 
 def with_codes(blocks: Superblocks, q: Float[Tensor, "out in"]) -> Superblocks:
     """The same grid, other codes: those of a rounding that looked at more than one weight at a time."""
-    return replace(blocks, q=q.clamp(*limits(blocks.kind)))
+    return replace(blocks, q=q.clamp(*LIMITS[blocks.kind]))
 
 
 def joined(parts: Sequence[Superblocks]) -> Superblocks:
@@ -97,19 +103,14 @@ def joined(parts: Sequence[Superblocks]) -> Superblocks:
     return Superblocks(parts[0].kind, **whole)
 
 
-def limits(kind: str) -> tuple[int, int]:
-    """The lowest and the highest code."""
-    return (-32, 31) if kind == "Q6_K" else (0, (1 << BITS[kind]) - 1)
-
-
 # --- The search ------------------------------------------------------------------------------------------------------------------
 
 
 def _fit(weight: Tensor, importance: Tensor, kind: str, rounds: int) -> Superblocks:
     out, columns = weight.shape
-    x = weight.view(-1, SUPER // GROUP[kind], GROUP[kind])  # (superblocks, groups, width)
+    x = weight.view(-1, SIZES[kind][0] // GROUP[kind], GROUP[kind])  # (superblocks, groups, width)
     w = importance.view(1, -1, *x.shape[1:]).expand(out, -1, -1, -1).reshape(x.shape)
-    d, e, s, m, q = _refined(*(_first_symmetric if kind == "Q6_K" else _first_affine)(x, w, kind), x, w, kind, rounds)
+    d, e, s, m, q = _refined(*(_first_symmetric if kind in SYMMETRIC else _first_affine)(x, w, kind), x, w, kind, rounds)
     return Superblocks(
         kind, d.view(out, -1), e.view(out, -1), s.view(out, -1, x.shape[1]), m.view(out, -1, x.shape[1]), q.view(out, columns)
     )
@@ -117,7 +118,7 @@ def _fit(weight: Tensor, importance: Tensor, kind: str, rounds: int) -> Superblo
 
 def _first_affine(x: Tensor, w: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(d, e, s, m): each group's own best scale and minimum, then the 6-bit codes nearest to them."""
-    top = limits(kind)[1]
+    top = LIMITS[kind][1]
     low, high = x.amin(-1).clamp(max=0), x.amax(-1)
     reach = (high - low).clamp(min=1e-30)
     total, sum_x = w.sum(-1), (w * x).sum(-1)
@@ -145,21 +146,29 @@ def _first_affine(x: Tensor, w: Tensor, kind: str) -> tuple[Tensor, Tensor, Tens
 
 
 def _first_symmetric(x: Tensor, w: Tensor, kind: str) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    bottom, top = limits(kind)
     extreme = x.gather(-1, x.abs().argmax(-1, keepdim=True))[..., 0]
     best, scale = torch.full_like(extreme, -1.0), torch.zeros_like(extreme)
-    for step in range(STEPS):
-        guess = extreme / (bottom + 1 - 2 * step / STEPS)  # the extreme on -31 .. -33
-        q = (x / _not_zero(guess)[..., None]).round_().clamp_(bottom, top)
+    for reach in _reaches(kind):
+        guess = extreme / reach
+        q = nearest(x, guess[..., None], torch.zeros(()), kind)
         wq = w * q
         sum_qx, sum_qq = (wq * x).sum(-1), (wq * q).sum(-1)
         gain = sum_qx.square() / _not_zero(sum_qq)  # the error that this saves
         better = gain > best
         best, scale = torch.where(better, gain, best), torch.where(better, sum_qx / _not_zero(sum_qq), scale)
     widest = scale.gather(-1, scale.abs().argmax(-1, keepdim=True))[..., 0]
-    d = _half(widest / -128)
-    s = (scale / _not_zero(d)[..., None]).round().clamp(-128, 127)
+    lowest, highest = SMALL[kind]
+    d = _half(widest / (-128 if kind == "Q6_K" else 1))
+    s = (scale / _not_zero(d)[..., None]).round().clamp(lowest, highest)
     return d, torch.zeros_like(d), s, torch.zeros_like(s)
+
+
+def _reaches(kind: str) -> list[float]:
+    """The codes that a group's extreme may lie on, whatever its sign."""
+    bottom, top = LIMITS[kind]
+    if kind == "IQ4_NL":  # its two ends differ
+        return [end * (0.75 + 0.5 * step / STEPS) for end in (bottom, top) for step in range(STEPS)]
+    return [bottom + 1 - 2 * step / STEPS for step in range(STEPS)]
 
 
 def _small(value: Tensor, weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
@@ -177,9 +186,10 @@ def _small(value: Tensor, weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
 
 def _refined(d: Tensor, e: Tensor, s: Tensor, m: Tensor, x: Tensor, w: Tensor, kind: str, rounds: int) -> tuple[Tensor, ...]:
     """In turns: the small scales by one step up or down, group by group; d and e by least squares. The best of all is kept."""
-    symmetric = kind == "Q6_K"
-    lowest, highest = (-128, 127) if symmetric else (0, 63)
-    moves = [(i, j) for i in (-1, 0, 1) for j in ((0,) if symmetric else (-1, 0, 1)) if (i, j) != (0, 0)]
+    symmetric = kind in SYMMETRIC
+    lowest, highest = SMALL[kind]
+    steps = (-1, 0, 1) if lowest < highest else (0,)
+    moves = [(i, j) for i in steps for j in ((0,) if symmetric else (-1, 0, 1)) if (i, j) != (0, 0)]
     q, error = _codes(d, e, s, m, x, w, kind)
     best: tuple[Tensor, ...] = (d, e, s, m, q)
     least = error.sum(-1)
@@ -235,6 +245,9 @@ def pack(blocks: Superblocks) -> UInt8[Tensor, "out bytes"]:
     out, kind = len(blocks.d), blocks.kind
     count = blocks.d.numel()
     d, e = (value.reshape(-1, 1).half().view(torch.uint8).view(count, 2) for value in (blocks.d, blocks.e))
+    if kind == "IQ4_NL":
+        level = torch.searchsorted(LEVELS, blocks.q.view(count, 32)).to(torch.uint8)
+        return torch.cat([d, level[:, :16] | level[:, 16:] << 4], 1).view(out, -1)
     if kind == "Q6_K":
         q = (blocks.q.view(count, 2, 4, 32) + 32).to(torch.uint8)  # halves of 128, quarters of 32
         low = torch.cat([(q[:, :, 0] & 15) | ((q[:, :, 2] & 15) << 4), (q[:, :, 1] & 15) | ((q[:, :, 3] & 15) << 4)], -1)
@@ -262,6 +275,10 @@ def unpack(rows: UInt8[Tensor, "out bytes"], kind: str) -> Superblocks:
     def half(at: int) -> Tensor:
         return raw[:, at : at + 2].contiguous().view(torch.float16).float().view(out, -1)
 
+    if kind == "IQ4_NL":
+        q = LEVELS[torch.cat([raw[:, 2:] & 15, raw[:, 2:] >> 4], 1).int()].view(out, -1)
+        d = half(0)
+        return Superblocks(kind, d, torch.zeros_like(d), torch.ones_like(d)[..., None], torch.zeros_like(d)[..., None], q)
     if kind == "Q6_K":
         low, high = raw[:, :128].view(count, 2, 2, 32), raw[:, 128:192].view(count, 2, 32)
         quarters = [low[:, :, 0] & 15, low[:, :, 1] & 15, low[:, :, 0] >> 4, low[:, :, 1] >> 4]

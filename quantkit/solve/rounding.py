@@ -15,7 +15,7 @@ from jaxtyping import Float, Int8
 from torch import Tensor
 
 from quantkit.grid.integer import decode, encode
-from quantkit.grid.superblock import GROUP, SUPER, Superblocks, fit, grid_of, joined, nearest, with_codes
+from quantkit.grid.superblock import GROUP, SIZES, Superblocks, fit, grid_of, joined, nearest, with_codes
 from quantkit.solve import ranges
 from quantkit.types import Scheme
 
@@ -107,18 +107,18 @@ def compensated(
 def compensated_superblocks(weight: Float[Tensor, "stack rows in"], factored: Factor, kind: str) -> list[Superblocks]:
     """The same on K-quants: a superblock's scales are searched when its turn comes, then its columns are rounded to the grids they make."""
     stack, _, columns = weight.shape
-    upper, width = factored.upper, GROUP[kind]
+    upper, width, span = factored.upper, GROUP[kind], SIZES[kind][0]
     diagonal = factored.diagonal.expand(stack, -1)
     wanted = weight.mT.contiguous()
     error = torch.zeros_like(wanted)
     parts: list[list[Superblocks]] = [[] for _ in range(stack)]
-    for start in range(0, columns, SUPER):
-        target = _carried(wanted, error, upper, start, start + SUPER)
-        fits = [fit(one.mT.contiguous(), kind, diagonal[i, start : start + SUPER]) for i, one in enumerate(target)]
+    for start in range(0, columns, span):
+        target = _carried(wanted, error, upper, start, start + span)
+        fits = [fit(one.mT.contiguous(), kind, diagonal[i, start : start + span]) for i, one in enumerate(target)]
         grids = [grid_of(one) for one in fits]
         scale, minimum = torch.stack([s for s, _ in grids]), torch.stack([m for _, m in grids])  # (stack, rows, groups)
         codes = torch.empty_like(target)
-        for first in range(start, start + SUPER, BLOCK):
+        for first in range(start, start + span, BLOCK):
             last = first + BLOCK
             target = _carried(wanted, error, upper, first, last)
             inner = upper[:, first:last, first:last]

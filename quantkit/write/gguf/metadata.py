@@ -10,7 +10,7 @@ from quantkit.types import Json, Plan
 
 FILE_TYPES = {  # llama.cpp's llama_ftype: what most of a file's weights are
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16,
-    "Q5_K_M": 17, "Q6_K": 18, "BF16": 32,
+    "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32,
 }  # fmt: skip
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
