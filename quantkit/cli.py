@@ -7,7 +7,6 @@ Commands import the pipeline when they run, so that --help needs no torch.
 import json
 import logging
 import os
-import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -32,18 +31,27 @@ FORMATS = click.option(
     type=click.Choice(["compressed-tensors", "gguf"]),
     help="In place of the recipe's; may be given twice.",
 )
-UNITS = {"": 1, "b": 1} | {f"{unit}{'i' * (step == 1024)}b": step**n for step in (1000, 1024) for n, unit in enumerate("kmgt", 1)}
 
 
 def _bytes(context: click.Context, option: click.Parameter, value: str | None) -> int | None:
-    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-zA-Z]*)", value or "")
-    if value is not None and (match is None or match[2].lower() not in UNITS):
-        raise click.BadParameter(f"{value!r} is no size; give one such as 8GiB")
-    return round(float(match[1]) * UNITS[match[2].lower()]) if match else None
+    if value is None:
+        return None
+    from quantkit.recipe import size_in_bytes
+
+    try:
+        return size_in_bytes(value)
+    except ValueError as problem:
+        raise click.BadParameter(str(problem)) from None
 
 
 MAX_MEMORY = click.option(
     "--max-memory", metavar="SIZE", callback=_bytes, help="Activations beyond it lie in mapped files, with the same result: 8GiB."
+)
+TARGET_SIZE = click.option(
+    "--target-size", metavar="SIZE", callback=_bytes, help="Of the weight files, 14GB: each linear's scheme is picked by what it costs."
+)
+TARGET_BITS = click.option(
+    "--target-bits", type=click.FloatRange(2, 16), help="The same by bits a weight of what is quantized, scales counted: 4.25."
 )
 FEW_TOKENS = 4096  # below, a run says so
 JSON = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
@@ -62,6 +70,8 @@ def main() -> None:
 @click.option("--calibration", metavar="MIX", help="A mix, or data: a .jsonl, .parquet or .txt file, a folder.")
 @ADAPTER
 @FORMATS
+@TARGET_SIZE
+@TARGET_BITS
 @MAX_MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Threads of the matrix library. One is best on cores that others use too.")
 @click.option("--fresh", is_flag=True, help="Delete what an earlier run left in the folder and start anew.")
@@ -74,6 +84,8 @@ def quantize(
     calibration: str | None,
     adapter: str | None,
     formats: tuple[str, ...],
+    target_size: int | None,
+    target_bits: float | None,
     max_memory: int | None,
     threads: int | None,
     fresh: bool,
@@ -87,7 +99,7 @@ def quantize(
                 from quantkit.recipe import load_mix
 
                 load_mix(calibration)  # a plan does not need it, yet a wrong name is better told now
-            _print_plan(model, recipe, adapter, formats, as_json)
+            _print_plan(model, recipe, adapter, formats, target_size, target_bits, as_json)
             return
         from quantkit import pipeline
 
@@ -104,6 +116,8 @@ def quantize(
                 calibration=calibration,
                 adapter=adapter,
                 formats=formats,
+                target_size=target_size,
+                target_bits=target_bits,
                 fresh=fresh,
                 max_memory=max_memory,
                 tell=tell,
@@ -116,14 +130,24 @@ def quantize(
 @RECIPE
 @ADAPTER
 @FORMATS
+@TARGET_SIZE
+@TARGET_BITS
 @JSON
-def plan(model: str | None, recipe: str, adapter: str | None, formats: tuple[str, ...], as_json: bool) -> None:
+def plan(
+    model: str | None,
+    recipe: str,
+    adapter: str | None,
+    formats: tuple[str, ...],
+    target_size: int | None,
+    target_bits: float | None,
+    as_json: bool,
+) -> None:
     """Every tensor's fate and the exact bytes of the output, from headers alone.
 
     MODEL is a folder, a Hub id (only headers are fetched; with --adapter the model is), or a config.json alone.
     """
     with _one_line_errors():
-        _print_plan(model, recipe, adapter, formats, as_json)
+        _print_plan(model, recipe, adapter, formats, target_size, target_bits, as_json)
 
 
 @main.command()
@@ -204,11 +228,19 @@ def families() -> None:
             click.echo(f"{'':10} {fold.producer} -> {', '.join(fold.consumers)}")
 
 
-def _print_plan(model: str | None, recipe: str, adapter: str | None, formats: tuple[str, ...], as_json: bool) -> None:
+def _print_plan(
+    model: str | None,
+    recipe: str,
+    adapter: str | None,
+    formats: tuple[str, ...],
+    target_size: int | None,
+    target_bits: float | None,
+    as_json: bool,
+) -> None:
     from quantkit import pipeline, report
 
     _quiet()
-    made, sizes = pipeline.plan(model, recipe, adapter, formats)
+    made, sizes = pipeline.plan(model, recipe, adapter, formats, target_size, target_bits)
     if as_json:
         click.echo(json.dumps(report.plan_report(made, sizes), ensure_ascii=False))
         return
@@ -243,7 +275,12 @@ def _describe(result: "Result") -> str:
     else:
         lines.append(f"mean relative weight error {total['mean_error']:.3e} (plain rounding, no calibration)")
     if total["fewest_expert_tokens"] is not None:
-        lines.append(f"experts: the least fed saw {total['fewest_expert_tokens']} tokens, {total['experts_without_tokens']} saw none")
+        lines.append(
+            f"experts: the least fed saw {total['fewest_expert_tokens']} tokens, {total['experts_without_tokens']} saw none; "
+            f"{total['experts_shrunk']} lean on their pool more than on themselves"
+        )
+    if total["fell_back"]:
+        lines.append(f"{total['fell_back']} of {total['linears']} linears took a simpler solution, which held-back rows liked better")
     if 0 < tokens < FEW_TOKENS:
         lines.append(f"only {tokens} calibration tokens: statistics of so few are noise; give a larger set")
     lines += _fed(about["calibration"])

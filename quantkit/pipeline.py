@@ -3,6 +3,7 @@
 folder     <- model (local, or the Hub's)          a LoRA adapter is merged as tensors are read
 plan       <- recipe, config, tensor shapes        refuses an unknown family or tensor; predicts bytes
 batches    <- calibration mix, tokenizer
+schemes    <- batches, a target                    only where the recipe names a size: bits go where they pay
 for block:    fill, observe, solve, store, empty   one decoder block in memory
 artefacts  <- store, checkpoint                    shards as the blocks they need are solved
 scores     <- held-out samples                     they ran beside, through original and quantized blocks
@@ -40,6 +41,7 @@ from quantkit.recipe import Calibration, Recipe
 from quantkit.report import Clock, Listener, silent
 from quantkit.run import Run
 from quantkit.store import Store
+from quantkit.target import extremes, pick
 from quantkit.types import Batch, Json, Plan, Statistics
 from quantkit.write import gguf
 from quantkit.write.compressed_tensors import FORMAT, PASSED_ON, CompressedTensors
@@ -63,14 +65,21 @@ class Result:
         return dict(self.report["heldout"])
 
 
-def load_recipe(name: str, calibration: str | None = None, formats: Sequence[str] = ()) -> Recipe:
-    """A recipe, with another calibration mix or other formats where they are asked for."""
+def load_recipe(
+    name: str,
+    calibration: str | None = None,
+    formats: Sequence[str] = (),
+    target_size: int | None = None,
+    target_bits: float | None = None,
+) -> Recipe:
+    """A recipe, with another calibration mix, other formats or a target where they are asked for."""
     recipe = recipes.load_recipe(name)
-    if formats:
-        recipe = recipe.model_copy(update={"formats": list(dict.fromkeys(formats))})
-    if calibration is None:
-        return recipe
-    return recipe.model_copy(update={"calibration": recipe.calibration.model_copy(update={"mix": calibration})})
+    changed: Json = {"formats": list(dict.fromkeys(formats))} if formats else {}
+    if target_size is not None or target_bits is not None:
+        changed |= {"target_size": target_size, "target_bits": target_bits}
+    if calibration is not None:
+        changed["calibration"] = recipe.calibration.model_copy(update={"mix": calibration})
+    return recipes.changed(recipe, changed)
 
 
 def _name(model: str | None) -> str:
@@ -87,30 +96,43 @@ def open_checkpoint(model: str | None, adapter: str | None = None) -> TensorSour
     return Adapted(checkpoint, Path(adapter)) if adapter else checkpoint
 
 
-def plan(model: str | None, recipe: str = "awq-w4", adapter: str | None = None, formats: Sequence[str] = ()) -> tuple[Plan, Json]:
+def plan(
+    model: str | None,
+    recipe: str = "awq-w4",
+    adapter: str | None = None,
+    formats: Sequence[str] = (),
+    target_size: int | None = None,
+    target_bits: float | None = None,
+) -> tuple[Plan, Json]:
     """Every tensor's fate and the exact bytes of each format, before a weight is read. `model` may be a config.json alone.
 
-    A GGUF carries its tokenizer: where that is not at hand (a config alone, the Hub's headers), its bytes are told without it.
+    A GGUF carries its tokenizer: where that is not at hand (a config alone, the Hub's headers), its bytes are told without it. With a
+    target the schemes are picked by what calibration shows: told are the recipe's own, and the bytes of the smallest and largest choices.
     """
-    chosen = load_recipe(recipe, formats=formats)
+    chosen = load_recipe(recipe, None, formats, target_size, target_bits)
     folder = None
     if model is not None and Path(model).is_file():
         if adapter:
             raise CheckpointError(f"{model}: a config alone cannot take an adapter; give the model's folder")
         config = read_json(Path(model))
         families.find(config)  # an unknown architecture is better named by us than by a class that cannot be found
-        made = make_plan(chosen, config, published_entries(config))
+        entries = published_entries(config)
+        made = make_plan(chosen, config, entries)
     elif model is not None and adapter is None and not is_folder(model):
         config, entries = remote_headers(model)
         made = make_plan(chosen, config, entries)
     else:
         checkpoint = open_checkpoint(model, adapter)
         config, folder = checkpoint.config, checkpoint.folder
-        made = make_plan(chosen, config, checkpoint.entries)
+        entries = dict(checkpoint.entries)
+        made = make_plan(chosen, config, entries)
+    plans = {"": made}
+    if chosen.has_target:
+        plans = {f", {end} choices": make_plan(chosen, config, entries, chosen=ends) for end, ends in extremes(chosen, made).items()}
     sizes: dict[str, int] = {}
     for name in chosen.formats:
         told = name if name == FORMAT or folder else f"{name} without its tokenizer"
-        sizes[told] = _writer(name, chosen, made, _name(model), config, folder).bytes
+        sizes |= {told + which: _writer(name, chosen, one, _name(model), config, folder).bytes for which, one in plans.items()}
     return made, sizes
 
 
@@ -171,13 +193,13 @@ def calibrate(
     plan = make_plan(chosen, checkpoint.config, checkpoint.entries)
     clock.blocks = len(plan.blocks)
     about: Json = {"model": _name(model), "versions": report.versions()}
-    memory = Memory(left_for_activations(plan, max_memory), Path(output).absolute().parent)
+    memory = Memory(left_for_activations(plan, max_memory, False), Path(output).absolute().parent)
     if imported is not None:
         widths = [{linear.local: linear.shape[1] for linear in block.linears} for block in plan.blocks]
         statistics = _imatrix().read_imatrix(Path(imported), plan.family, widths)
         statistics = replace(statistics, about={**about, **statistics.about})
     else:
-        statistics = _collected(plan, checkpoint, settings, clock, about, grams, memory)
+        statistics = _collected(plan, checkpoint, settings, chosen.search.expert_floor, clock, about, grams, memory)
     with clock.phase("writing", len(plan.blocks)):
         save_statistics(Path(output), statistics)
         if imatrix is not None:
@@ -188,7 +210,7 @@ def calibrate(
 
 
 def _collected(
-    plan: Plan, checkpoint: TensorSource, settings: Calibration, clock: Clock, about: Json, grams: bool, memory: Memory
+    plan: Plan, checkpoint: TensorSource, settings: Calibration, expert_floor: int, clock: Clock, about: Json, grams: bool, memory: Memory
 ) -> Statistics:
     """The original model, block after block, over the calibration set and as much of the reserve as its experts need."""
     with clock.phase("tokenizing"):
@@ -211,7 +233,7 @@ def _collected(
         state.check(f"block {block_plan.index}")
         give_back_memory()
     fed |= {"reserve_tokens": sum(int(batch.real.sum()) for batch in more)}
-    coverage = coverage_report(blocks, cells, settings.expert_tokens)
+    coverage = coverage_report(blocks, cells, settings.expert_tokens, expert_floor)
     return Statistics(tuple(blocks), tuple(cells), {**about, "calibration": fed, "coverage": coverage, "samples": manifest(drawn.rows)})
 
 
@@ -232,6 +254,8 @@ def quantize(
     calibration: str | None = None,
     adapter: str | None = None,
     formats: Sequence[str] = (),
+    target_size: int | None = None,
+    target_bits: float | None = None,
     fresh: bool = False,
     max_memory: int | None = None,
     tell: Listener = silent,
@@ -245,6 +269,8 @@ def quantize(
         calibration: another mix or a .jsonl file in place of the recipe's.
         adapter: a PEFT LoRA adapter's folder, merged as the checkpoint is read.
         formats: "compressed-tensors", "gguf" or both, in place of the recipe's; one more can be added to a run that is done.
+        target_size: bytes of the weight files (of the first format): each linear's scheme is picked by what it costs.
+        target_bits: the same by bits a weight of what is quantized, scales and zero points counted.
         fresh: delete what an earlier run left in `output` and start anew.
         max_memory: bytes; activations that do not fit beside a block lie in mapped files in `output`, with the same result.
         tell: is told of each phase.
@@ -252,14 +278,15 @@ def quantize(
     Raises:
         QuantkitError: one line that says what is wrong, where, and what to do; nothing half-written looks whole.
     """
-    chosen = load_recipe(recipe, calibration, formats)
+    chosen = load_recipe(recipe, calibration, formats, target_size, target_bits)
     checkpoint = open_checkpoint(model, adapter)
     name = _name(model)
     out = Path(output) if output is not None else Path(f"{name}-{chosen.name}")
     clock = Clock(tell)
     with clock.phase("reading headers"):
         hashes = _input_hashes(checkpoint, chosen, adapter)
-        plan = make_plan(chosen, checkpoint.config, checkpoint.entries, inputs=repr([sorted(hashes.items()), report.versions()]))
+        inputs = repr([sorted(hashes.items()), report.versions()])
+        plan = make_plan(chosen, checkpoint.config, checkpoint.entries, inputs)
         for wanted in chosen.formats:  # what a format cannot express is refused before anything runs
             _writer(wanted, chosen, plan, name, checkpoint.config, checkpoint.folder)
         clock.blocks = len(plan.blocks)
@@ -280,14 +307,27 @@ def quantize(
     if fresh:
         _clear(out)
     store = Store(out / SOLVED, plan, {"model": name, "recipe": chosen.name, "calibration": settings.mix, "adapter": adapter})
+    with clock.phase("building the skeleton"):
+        memory = Memory(left_for_activations(plan, max_memory, chosen.method != "rtn" and chosen.search.stages), out)
+        skeleton = Skeleton(checkpoint, plan.dtype, memory)
+    target: Json | None = None
+    if chosen.has_target:
+        first, fingerprint = chosen.formats[0], plan.fingerprint
+
+        def remade(schemes: Mapping[tuple[int, str], recipes.Weights]) -> Plan:
+            """The plan with other schemes. They follow from its inputs, so it is the same run."""
+            return replace(make_plan(chosen, checkpoint.config, checkpoint.entries, inputs, schemes), fingerprint=fingerprint)
+
+        def size_of(plan: Plan) -> int:
+            return _writer(first, chosen, plan, name, checkpoint.config, checkpoint.folder).bytes
+
+        plan, target = pick(chosen, plan, remade, size_of, skeleton, batches, store.folder / "target.json", clock)
     writers: dict[str, CompressedTensors | GgufFile] = {
         wanted: _writer(wanted, chosen, plan, name, checkpoint.config, checkpoint.folder, checkpoint, store, out)
         for wanted in chosen.formats
     }
-
     with clock.phase("building the skeleton"):
-        memory = Memory(left_for_activations(plan, max_memory), out)
-        run = Run.start(chosen, plan, Skeleton(checkpoint, plan.dtype, memory), store, clock, batches, heldout, reserve)
+        run = Run.start(chosen, plan, skeleton, store, clock, batches, heldout, reserve)
     reports = []
     for block_plan in plan.blocks:
         with clock.block(counts=block_plan.index not in store):
@@ -312,10 +352,11 @@ def quantize(
         "bytes": sizes,
         "bits_per_weight": {name: report.bits_per_weight(size, plan) for name, size in sizes.items()},
         "calibration": fed,
-        "coverage": coverage_report(run.coverage, cells_of([*batches, *reserve]), settings.expert_tokens),
+        "coverage": coverage_report(run.coverage, cells_of([*batches, *reserve]), settings.expert_tokens, chosen.search.expert_floor),
         "heldout": scores,
+        "target": target,
         **{name: asdict(writer.layout.rounded) for name, writer in writers.items() if isinstance(writer, GgufFile)},
-        "summary": report.summary(reports),
+        "summary": report.summary(reports, chosen.search.expert_floor),
         "adapter": asdict(checkpoint.adapter) if isinstance(checkpoint, Adapted) else None,
         "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
         "peak_memory": report.peak_memory(),

@@ -14,17 +14,24 @@ from quantkit.families.family import SERVED_AS_ONE, STAGES, Family, in_block, ma
 from quantkit.recipe import GROUPS, Override, Recipe, Weights
 from quantkit.types import BlockPlan, Entry, Fold, Json, Linear, Plan, Scheme, Source
 
-K_QUANTS = {"q4_k": (4, 32, False), "q5_k": (5, 32, False), "q6_k": (6, 16, True)}  # bits, group, symmetric
-SUPER = 256  # columns that share K-quants' scales
+GRIDS = {"q4_k": (4, 32, False), "q5_k": (5, 32, False), "q6_k": (6, 16, True), "iq4_nl": (4, 32, True)}  # bits, group, symmetric
+SUPER = {"q4_k": 256, "q5_k": 256, "q6_k": 256, "iq4_nl": 32}  # columns that share a block
 OTHERWISE = {  # where 256 does not divide the columns: the next larger type with groups of 32, as llama.cpp takes
-    "q4_k": Weights(bits=5, group=32, symmetric=True),
+    "q4_k": Weights(bits=5, group=32, signed=True),
     "q5_k": Weights(bits=5, group=32, symmetric=False),
-    "q6_k": Weights(bits=8, group=32, symmetric=True),
+    "q6_k": Weights(bits=8, group=32),
+    "iq4_nl": Weights(bits=4, group=32, signed=True),
 }
 WEIGHTS = ("torch.bfloat16", "torch.float16", "torch.float32")  # by name: a plan is made without torch
 
 
-def make_plan(recipe: Recipe, config: Json, entries: Mapping[str, Entry], inputs: str = "") -> Plan:
+def make_plan(
+    recipe: Recipe,
+    config: Json,
+    entries: Mapping[str, Entry],
+    inputs: str = "",
+    chosen: Mapping[tuple[int, str], Weights] | None = None,
+) -> Plan:
     """The fate of every tensor of a checkpoint.
 
     Args:
@@ -32,6 +39,7 @@ def make_plan(recipe: Recipe, config: Json, entries: Mapping[str, Entry], inputs
         config: the checkpoint's config.json.
         entries: names, dtypes and shapes of its tensors.
         inputs: a digest of everything else that decides the output (weights, calibration set, versions).
+        chosen: (block, linear) -> its scheme in place of the recipe's, where a target was asked for (see `ties`).
 
     Raises:
         FamilyError: an architecture or a tensor that no table knows.
@@ -65,7 +73,7 @@ def make_plan(recipe: Recipe, config: Json, entries: Mapping[str, Entry], inputs
     head = _head_width(config)
     values = [i for i in sorted(blocks) if "self_attn.v_proj.weight" in blocks[i][1]]
     places = {i: _Place(i, len(blocks), values.index(i) if i in values else 0, len(values)) for i in blocks}
-    plans = tuple(_plan_block(recipe, family, places[i], *blocks[i], entries, head) for i in sorted(blocks))
+    plans = tuple(_plan_block(recipe, family, model_type, places[i], *blocks[i], entries, head, chosen or {}) for i in sorted(blocks))
     only_converted = not recipe.targets and recipe.formats == ["gguf"]
     if not only_converted and not any(linear.scheme for block in plans for linear in block.linears):
         raise RecipeError(f"recipe {recipe.name}: its targets leave nothing to quantize")
@@ -142,11 +150,13 @@ def _of_mix(weights: Weights, local: str, place: _Place) -> Weights:
 def _plan_block(
     recipe: Recipe,
     family: Family,
+    model_type: str,
     place: _Place,
     prefix: str,
     tensors: Mapping[str, str],
     entries: Mapping[str, Entry],
     head: int,
+    chosen: Mapping[tuple[int, str], Weights],
 ) -> BlockPlan:
     index = place.index
     found: dict[str, tuple[Source, tuple[int, int], str]] = {}  # local name -> source, shape, name as written
@@ -168,7 +178,8 @@ def _plan_block(
         if str(entries[source.tensor].dtype) not in WEIGHTS:
             raise FamilyError(f"{source.tensor}: holds {entries[source.tensor].dtype}; quantkit starts from bf16, fp16 or fp32 weights")
     wanted = {local: _wanted(recipe, place, local) for local in found}
-    schemes, notes = _schemes(recipe, index, found, wanted)
+    wanted |= {local: (chosen[index, local], "picked for the target") for local in found if (index, local) in chosen}
+    schemes, notes = _schemes(recipe, family, model_type, index, found, wanted)
     linears = tuple(
         Linear(written, local, source, shape, schemes[local], notes.get(local, ""))
         for local, (source, shape, written) in sorted(found.items(), key=lambda item: _order(family, item[0]))
@@ -212,14 +223,14 @@ def _split_fused(parts: tuple[str, ...], shape: tuple[int, ...]) -> Iterable[tup
 def _wanted(recipe: Recipe, place: _Place, local: str) -> tuple[Weights | None, str]:
     """The scheme that the recipe asks for, or None and why."""
     answer: tuple[Weights | None, str]
-    if not _any_match(recipe.targets, local):
+    if not any_match(recipe.targets, local):
         answer = None, "not a target of the recipe"
-    elif _any_match(recipe.ignore, local):
+    elif any_match(recipe.ignore, local):
         answer = None, "ignored by the recipe"
     else:
         answer = recipe.weights, ""
     for override in recipe.overrides:
-        if _any_match(override.patterns(), local) and (override.layers is None or place.index in override.layers):
+        if any_match(override.patterns(), local) and (override.layers is None or place.index in override.layers):
             answer = _overridden(override, recipe)
     weights, why = answer
     return (None, why) if weights is None else (_of_mix(weights, local, place), why)
@@ -235,12 +246,14 @@ def _overridden(override: Override, recipe: Recipe) -> tuple[Weights | None, str
     return recipe.weights.model_copy(update=said), ""
 
 
-def _any_match(patterns: Iterable[str], local: str) -> bool:
+def any_match(patterns: Iterable[str], local: str) -> bool:
     return any(fnmatch.fnmatchcase(local, pattern) for pattern in patterns)
 
 
 def _schemes(
     recipe: Recipe,
+    family: Family,
+    model_type: str,
     index: int,
     found: Mapping[str, tuple[Source, tuple[int, int], str]],
     wanted: Mapping[str, tuple[Weights | None, str]],
@@ -249,11 +262,7 @@ def _schemes(
     notes = {local: why for local, (_, why) in wanted.items() if why}
     together: dict[str, list[str]] = {}
     for local in found:
-        stem = local.partition("experts.")[0] + "experts" if "experts." in local else local
-        served = next((names[0] for names in SERVED_AS_ONE if local in names), stem)
-        if recipe.formats == ["gguf"]:  # there each matrix has a type of its own, and each kind of expert matrix one
-            served = local.rpartition(".")[2] + " of experts" if "experts." in local else local
-        together.setdefault(served, []).append(local)
+        together.setdefault(served_as(recipe, family, model_type, local), []).append(local)
     schemes: dict[str, Scheme | None] = {}
     for locals_ in together.values():
         asked = {wanted[local][0] for local in locals_}
@@ -268,11 +277,11 @@ def _schemes(
             continue
         widths = {found[local][1][1] for local in locals_}
         if weights.grid != "integer":
-            odd = next((width for width in sorted(widths) if width % SUPER), None)
+            odd = next((width for width in sorted(widths) if width % SUPER[weights.grid]), None)
             if odd is None:
-                schemes |= dict.fromkeys(locals_, Scheme(*K_QUANTS[weights.grid], grid=weights.grid))
+                schemes |= dict.fromkeys(locals_, Scheme(*GRIDS[weights.grid], grid=weights.grid))
                 continue
-            notes |= dict.fromkeys(locals_, f"{weights.grid}: 256 does not divide {odd}")
+            notes |= dict.fromkeys(locals_, f"{weights.grid}: {SUPER[weights.grid]} does not divide {odd}")
             weights = OTHERWISE[weights.grid]
         group = _fitting_group(recipe, weights, widths, index, locals_, found)
         for local in locals_:
@@ -282,6 +291,14 @@ def _schemes(
                 elsewhere = "" if found[local][1][1] == at_fault else ", the columns of another matrix that is served with it"
                 notes[local] = f"group {group}: {weights.group} does not divide {at_fault}{elsewhere}"
     return schemes, notes
+
+
+def served_as(recipe: Recipe, family: Family, model_type: str, local: str) -> str:
+    """A name for the matrix as which an engine serves a linear: its parts share a scheme."""
+    if recipe.formats == ["gguf"] and (table := family.gguf.get(model_type)):  # each of its tensors has a type of its own
+        return next((name for pattern, name in table.names.items() if matches(pattern, local)), local)
+    stem = local.partition("experts.")[0] + "experts" if "experts." in local else local
+    return next((names[0] for names in SERVED_AS_ONE if local in names), stem)
 
 
 def _fitting_group(

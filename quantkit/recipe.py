@@ -1,19 +1,33 @@
 """The YAML that people write, read strictly: recipes (what to do) and calibration mixes (what to feed). Nothing else reads YAML."""
 
 import difflib
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from quantkit.errors import CalibrationError, QuantkitError, RecipeError
 
 HERE = Path(__file__).parent
+UNITS = {"": 1, "b": 1} | {f"{unit}{'i' * (step == 1024)}b": step**n for step in (1000, 1024) for n, unit in enumerate("kmgt", 1)}
 GROUPS = (32, 64, 128)
 DATA_FILES = (".jsonl", ".parquet", ".txt")
 _DATA = " or ".join((", ".join(DATA_FILES[:-1]), DATA_FILES[-1]))
 M = TypeVar("M", bound=BaseModel)
+
+
+def size_in_bytes(text: str) -> int:
+    """8GiB, 14.4 GB, 1000.
+
+    Raises:
+        ValueError: no such size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?) ?([a-zA-Z]*)", text)
+    if match is None or match[2].lower() not in UNITS:
+        raise ValueError(f"{text!r} is no size; give one such as 8GiB")
+    return round(float(match[1]) * UNITS[match[2].lower()])
 
 
 class _Strict(BaseModel):
@@ -30,7 +44,7 @@ class Weights(_Strict):
     group: Literal[32, 64, 128, "row"] = 32
     symmetric: bool = True
     signed: bool = False  # symmetric scales may be negative, so that a group uses all 2^bits codes; plain rounding ignores it
-    grid: Literal["integer", "q4_k", "q5_k", "q6_k", "q4_k_m", "q4_k_s"] = "integer"
+    grid: Literal["integer", "q4_k", "q5_k", "q6_k", "iq4_nl", "q4_k_m", "q4_k_s"] = "integer"
 
     @model_validator(mode="after")
     def _says_it_once(self) -> "Weights":
@@ -106,7 +120,7 @@ class Score(_Strict):
     sequence_length: Annotated[int, Field(ge=16, le=131072)] = 512
 
 
-GgmlType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "q4_1", "q4_0"]
+GgmlType = Literal["f32", "f16", "bf16", "q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "iq4_nl", "q4_1", "q4_0"]
 
 
 class Gguf(_Strict):
@@ -124,6 +138,10 @@ class Recipe(_Strict):
     description: str
     method: Literal["awq", "rtn"] = "awq"
     weights: Weights = Weights()
+    # Bits where they pay: each linear's scheme is picked among `choices` by what it costs, so that the whole stays within one of these.
+    target_bits: Annotated[float, Field(ge=2, le=16)] | None = None  # a weight of what is quantized, scales and zero points counted
+    target_size: Annotated[int, Field(gt=0)] | None = None  # bytes of the weight files, or a size such as 14GB; of the first format
+    choices: list[Weights] = []  # none: what the engines of the formats load
     targets: list[str] = ["*"]
     ignore: list[str] = []
     overrides: list[Override] = []
@@ -133,6 +151,27 @@ class Recipe(_Strict):
     calibration: Calibration = Calibration()
     search: Search = Search()
     score: Score = Score()
+
+    @field_validator("target_size", mode="before")
+    @classmethod
+    def _in_bytes(cls, value: Any) -> Any:
+        return size_in_bytes(value) if isinstance(value, str) else value
+
+    @model_validator(mode="after")
+    def _one_target(self) -> "Recipe":
+        if self.target_bits is not None and self.target_size is not None:
+            raise ValueError("give either target_bits or target_size")
+        if self.has_target and self.method == "rtn":
+            raise ValueError("a target needs the method awq: plain rounding sees no data that could tell where bits pay")
+        if self.choices and not self.has_target:
+            raise ValueError("choices are for target_bits or target_size")
+        if any(choice.grid in ("q4_k_m", "q4_k_s") for choice in self.choices):
+            raise ValueError("a mix is no choice for one linear; name q4_k, q5_k, q6_k")
+        return self
+
+    @property
+    def has_target(self) -> bool:
+        return self.target_bits is not None or self.target_size is not None
 
 
 class Columns(_Strict):
@@ -227,6 +266,15 @@ def load_recipe(name: str) -> Recipe:
             hint = f"did you mean {near[0]!r}? " if near else ""
             raise RecipeError(f"recipe {name!r}: no such recipe and no such file; {hint}shipped: {', '.join(shipped_recipes())}")
     return _validated(Recipe, {"name": path.stem, **_mapping(path, RecipeError)}, path, RecipeError)
+
+
+def changed(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
+    """The recipe with some fields exchanged, held to the same rules.
+
+    Raises:
+        RecipeError: they do not go together with the rest.
+    """
+    return _validated(Recipe, recipe.model_dump() | fields, Path(f"recipe {recipe.name}"), RecipeError) if fields else recipe
 
 
 def shipped_mixes() -> list[str]:

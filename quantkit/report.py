@@ -100,6 +100,7 @@ def block_report(plan: BlockPlan, solved: SolvedBlock, observed: bool) -> Json:
             "error_rounded": _short(one.error_rounded),
             "error": _short(one.error),
             "tokens": one.tokens,
+            "fell_back": one.fell_back,
         }
     folds = [
         {
@@ -121,8 +122,11 @@ def expert_tokens(solved: SolvedBlock) -> list[int]:
     return [counts[expert] for expert in sorted(counts)]
 
 
-def summary(blocks: Iterable[Json]) -> Json:
-    """Totals that fit on a screen: mean relative errors, and the least-fed expert (None without experts or calibration)."""
+def summary(blocks: Iterable[Json], expert_floor: int) -> Json:
+    """Totals that fit on a screen: mean relative errors, and the least-fed expert (None without experts or calibration).
+
+    `expert_floor`: tokens with which an expert weighs its own statistics and the pool alike; with fewer it counts as shrunk.
+    """
     blocks = list(blocks)
     rows = [row for block in blocks for row in block["linears"].values()]
     fed = [tokens for block in blocks for tokens in block["experts"]]
@@ -133,6 +137,8 @@ def summary(blocks: Iterable[Json]) -> Json:
         "mean_error": mean("error"),
         "worse_than_rounded": sum(row["error"] > row["error_rounded"] for row in rows),
         "largest_fold_change": max((block["proof"] for block in blocks if block["proof"] is not None), default=None),
+        "fell_back": sum(row["fell_back"] for row in rows),
+        "experts_shrunk": sum(tokens < expert_floor for tokens in fed),
         "experts_without_tokens": sum(tokens == 0 for tokens in fed),
         "fewest_expert_tokens": min(fed, default=None),
     }
@@ -207,6 +213,8 @@ def calibration_lines(about: Json) -> Iterator[str]:
         line += f" ({least['of_even_share']:.2f} of an even share, most from {most})"
         if sum(block["reserve_tokens"]):
             line += f"; {block['below_floor']} were below the floor, {block['below_floor_with_reserve']} are with the reserve"
+        if block["shrunk"]:
+            line += f"; {block['shrunk']} would lean on their pool, {block['fell_back']} have nothing else"
         yield line
     if fed["reserve_tokens"]:
         yield f"reserve: {fed['reserve_tokens']:,} tokens, kept apart"

@@ -117,7 +117,7 @@ class Run:
 
     def _solve(self, plan: BlockPlan, block: nn.Module, behind_original: bool) -> SolvedBlock:
         """Observe, solve and store the open block; where later blocks shall see the original, the observing pass moves the stream."""
-        weights, kept = _weights(plan, block, self.skeleton.checkpoint, self.plan.dtype)
+        weights, kept = block_weights(plan, block, self.skeleton.checkpoint, self.plan.dtype)
         if self.reference is not None:
             solved = self._in_stages(plan, block, weights, kept)
         else:
@@ -128,7 +128,7 @@ class Run:
                     stats = self._observe(block, _quantized(plan), move=behind_original)
                     _check_stats(plan, block, stats)
             with self.clock.phase("solving", plan.index):
-                effort = _effort(self.recipe)
+                effort = effort_of(self.recipe)
                 inputs = Pooled(stats, effort.expert_floor)
                 folding = choose_folds(plan, weights, kept, inputs, {}, self.plan.norm_offset, effort)
             folding, proof = self._proven(plan, block, state, folding)
@@ -149,7 +149,7 @@ class Run:
     def _in_stages(self, plan: BlockPlan, block: nn.Module, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> SolvedBlock:
         """Folds from the original's inputs; then stage by stage, on inputs that carry all rounding so far, beside the original's."""
         assert self.reference is not None
-        search, effort = self.recipe.search, _effort(self.recipe)
+        search, effort = self.recipe.search, effort_of(self.recipe)
         wanted = _quantized(plan)
         with self.clock.phase("observing", plan.index):
             with watch_routing(block, self.calibration.batches, self.cells) as routing:
@@ -244,7 +244,7 @@ class Run:
         return scores.as_json()
 
 
-def _effort(recipe: Recipe) -> Effort:
+def effort_of(recipe: Recipe) -> Effort:
     if recipe.method == "rtn":
         return Effort(folds=False, shrinks=1)
     search = recipe.search
@@ -271,7 +271,7 @@ def _quantized(plan: BlockPlan) -> list[str]:
     return [linear.local for linear in plan.linears if linear.scheme]
 
 
-def _weights(
+def block_weights(
     plan: BlockPlan, block: nn.Module, checkpoint: TensorSource, dtype: torch.dtype
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Views of every linear to be solved, and the block's other tensors, by local name, as the model computes with them.

@@ -135,7 +135,10 @@ class Store:
             pieces += [_piece(f"{local}/{part}", tensor) for part, tensor in parts.items() if tensor is not None]
         pieces += [_piece(f"folded/{name}", tensor) for name, tensor in solved.folded.items()]
         about = {
-            "linears": {n: {"rounded": s.error_rounded, "error": s.error, "tokens": s.tokens} for n, s in solved.linears.items()},
+            "linears": {
+                name: {"rounded": one.error_rounded, "error": one.error, "tokens": one.tokens, "fell_back": one.fell_back}
+                for name, one in solved.linears.items()
+            },
             "folds": [asdict(fold) for fold in solved.folds],
             "proof": solved.proof,
         }
@@ -181,7 +184,7 @@ class Store:
                     continue
                 local, numbers = linear.local, about["linears"][linear.local]
                 codes = self.codes(plan.index, linear)
-                linears[local] = Solved(codes, numbers["rounded"], numbers["error"], numbers["tokens"])
+                linears[local] = Solved(codes, numbers["rounded"], numbers["error"], numbers["tokens"], numbers["fell_back"])
             folded = {name: self.read(plan.index, f"folded/{name}") for name in sorted(self.folded(plan.index))}
             folds = tuple(
                 FoldReport(f["producer"], tuple(f["exponents"]) if f["exponents"] else None, tuple(f["scale_range"]), f["loss_ratio"])

@@ -203,6 +203,7 @@ class Solved:
     error_rounded: float  # plain rounding: what the search had to beat
     error: float
     tokens: int  # calibration tokens that reached it
+    fell_back: bool = False  # rows that were held back liked a simpler solution better than the full search's
 
 
 @dataclass(frozen=True, slots=True)

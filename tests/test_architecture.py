@@ -14,6 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "quantkit"
 FLOORS = (
     {"cli"},
     {"pipeline"},
+    {"target"},
     {"run"},
     {"plan", "calibrate", "solve", "write", "evaluate", "publish"},  # stages: strangers to one another
     {"recipe", "families", "model", "grid", "store", "report", "hf"},  # shelves: strangers to one another too

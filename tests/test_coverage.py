@@ -84,9 +84,10 @@ def test_the_report_names_the_least_fed_and_who_feeds_them():
     cells = [("en", "stem"), ("zh", "stem")]
     table = torch.tensor([[10, 0, 40, 50], [0, 3, 60, 37]])
     block = BlockStatistics({}, {}, {"experts": table}, counts(0, 0, 0, 0) | {"experts": torch.tensor([0, 9, 4, 4])})
-    (said,) = coverage_report([block], cells, floor=12)
+    (said,) = coverage_report([block], cells, floor=12, pooled=11)
     assert said["tokens"] == [10, 3, 100, 87]
     assert (said["below_floor"], said["below_floor_with_reserve"]) == (2, 1)
+    assert (said["shrunk"], said["fell_back"]) == (1, 0)
     first, second, _ = said["least_fed"]
     assert first == {"expert": 1, "tokens": 3, "reserve_tokens": 9, "of_even_share": 0.06, "by": {"zh / stem": 3}}
     assert second["by"] == {"en / stem": 10}
@@ -95,7 +96,7 @@ def test_the_report_names_the_least_fed_and_who_feeds_them():
 
 
 def test_a_dense_block_has_no_coverage():
-    assert coverage_report([BlockStatistics({}, {}, {}, {})], [("en", "stem")], 10) == []
+    assert coverage_report([BlockStatistics({}, {}, {}, {})], [("en", "stem")], 10, 128) == []
 
 
 # --- Through a model --------------------------------------------------------------------------------------------------------------

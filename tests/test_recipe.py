@@ -71,8 +71,10 @@ def test_a_file_is_read_with_every_key(write):
     keys = """
 name: house
 description: Attention in 8 bits, the last MLP as it is.
-method: rtn
+method: awq
 weights: {bits: 4, group: row, symmetric: false}
+target_bits: 5.5
+choices: [{bits: 4, group: 64}, {bits: 8, group: 64}]
 targets: ["self_attn.*", "mlp.*"]
 ignore: [self_attn.o_proj]
 overrides:
@@ -86,7 +88,7 @@ search: {exponents: 10, rows: 64, shrinks: 5, expert_floor: 0, propagate: origin
 score: {samples: 0, sequence_length: 64}
 """
     recipe = load_recipe(write(keys))
-    assert set(yaml.safe_load(keys)) == set(Recipe.model_fields), "this test reads every key there is"
+    assert {*yaml.safe_load(keys), "target_size"} == set(Recipe.model_fields), "this test reads every key there is, of two targets one"
     read = recipe.model_dump(exclude_unset=True)
     assert read == yaml.safe_load(keys)
     assert recipe.overrides[0].patterns() == ["self_attn.*"]

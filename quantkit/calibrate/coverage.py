@@ -88,8 +88,16 @@ def top_up(natural: Counts, floor: int, draw: Callable[[], Counts | None]) -> di
     return more
 
 
-def coverage_report(blocks: Sequence[BlockStatistics], cells: Sequence[tuple[str, str]], floor: int, least: int = 3) -> list[Json]:
-    """For each block with experts: its least-fed experts, and how many experts each language and domain uses."""
+def coverage_report(
+    blocks: Sequence[BlockStatistics], cells: Sequence[tuple[str, str]], floor: int, pooled: int, least: int = 3
+) -> list[Json]:
+    """For each block with experts: its least-fed experts, and how many experts each language and domain uses.
+
+    Args:
+        floor: tokens that the reserve tops experts up to.
+        pooled: tokens with which an expert weighs its own statistics and its layer's pool alike (`expert_floor`). With fewer it leans on
+            the pool for the most part ("shrunk"); without any it has nothing else ("fell_back").
+    """
     report = []
     for index, block in enumerate(blocks):
         for local, routing in block.routing.items():
@@ -104,6 +112,8 @@ def coverage_report(blocks: Sequence[BlockStatistics], cells: Sequence[tuple[str
                     "reserve_tokens": more.tolist(),
                     "below_floor": int((natural < floor).sum()),
                     "below_floor_with_reserve": int((natural + more < floor).sum()),
+                    "shrunk": int((natural + more < pooled).sum()),
+                    "fell_back": int((natural + more == 0).sum()),
                     "least_fed": [
                         {
                             "expert": expert,

@@ -14,15 +14,17 @@ from torch import Tensor
 
 from quantkit.types import Plan
 
-BESIDE_ACTIVATIONS = 2.2  # largest blocks that a budget keeps for weights, statistics and the solver's work (docs/measured.md)
+# Largest blocks that a budget keeps for weights, statistics and the solver's work (docs/measured.md): in one stage, and in several,
+# which hold a twin of the block as it is solved so far and twice the sums.
+BESIDE_ACTIVATIONS = {False: 2.2, True: 4.0}
 
 
-def left_for_activations(plan: Plan, max_memory: int | None) -> int | None:
+def left_for_activations(plan: Plan, max_memory: int | None, staged: bool) -> int | None:
     """Bytes that a budget leaves beside the largest block; None where there is no budget."""
     if max_memory is None:
         return None
     sizes = [sum(entry.bytes for name, entry in plan.entries.items() if name.startswith(block.prefix)) for block in plan.blocks]
-    return max(0, max_memory - round(BESIDE_ACTIVATIONS * max(sizes)))
+    return max(0, max_memory - round(BESIDE_ACTIVATIONS[staged] * max(sizes)))
 
 
 def give_back_memory() -> None:

@@ -1,4 +1,4 @@
-"""Does a block compute the same under its folds? It runs both ways in fp32, with the weights as they are and as they are folded.
+"""What a block computes in fp32 with its weights as they are, as folds make them, or as rounding would.
 
 No second block is held: linears and experts scale their bf16 weights as they read them, only small tensors are copied.
 """
@@ -42,13 +42,30 @@ def fold_change(
     return float(change[..., stream.batches[batch].real].float().quantile(0.99))
 
 
+def outputs_with(
+    stream: Stream, block: nn.Module, state: State, instead: Mapping[str, Float[Tensor, "out in"]]
+) -> list[Float[Tensor, "*streams tokens hidden"]]:
+    """The open block's output for every batch of the stream, fp32, counted tokens only, with some linears' weights exchanged."""
+    found = []
+    for number, batch in enumerate(stream.batches):
+        with _in_full_precision(block, {}, {}, {}, instead):
+            found.append(stream.run(block, state.fork(), number, dtype=torch.float32)[..., batch.counted, :])
+    return found
+
+
 @contextmanager
 def _in_full_precision(
-    block: nn.Module, columns: Mapping[str, Tensor], rows: Mapping[str, Tensor], folded: Mapping[str, Tensor]
+    block: nn.Module,
+    columns: Mapping[str, Tensor],
+    rows: Mapping[str, Tensor],
+    folded: Mapping[str, Tensor],
+    instead: Mapping[str, Tensor] | None = None,
 ) -> Iterator[None]:
-    """The block computing in fp32, folds applied as weights are read."""
+    """The block computing in fp32, folds applied as weights are read, or other weights read `instead`."""
 
     def scaled(local: str, weight: Tensor) -> Tensor:
+        if instead and local in instead:
+            return instead[local]
         weight = weight.float()
         weight = weight * columns[local] if local in columns else weight
         return weight / rows[local][:, None] if local in rows else weight

@@ -83,6 +83,12 @@ def solve_linears(
     return {linear.local: solved[linear.local] for linear in linears}
 
 
+def nearly(linear: Linear, scheme: Scheme, weight: Tensor, folding: Folding, inputs: Pooled, shrinks: int) -> Float[Tensor, "out in"]:
+    """A linear's weight on another scheme's grid, every weight to the nearest code: enough to tell schemes apart."""
+    task = _Task(linear.local, scheme, linear.shape, None, False, True)
+    return folding.undo(linear.local, decoded(_nearest(task, weight, folding, inputs, shrinks)))
+
+
 @dataclass(frozen=True, slots=True)
 class _Task:
     """One linear to be rounded."""
@@ -262,18 +268,19 @@ def _judged(
             some = Codes(rounded.packed[judged], rounded.scale[judged], zero, scheme, rounded.columns)
         return folding.undo(local, decoded(some), judged)
 
-    best = of(codes)
+    best, fell_back = of(codes), False
     if (cost := worth(best)) > 0 and effort.shrinks > 1:
         task = _Task(local, scheme, (weight.shape[0], weight.shape[1]), None, False, True)
         for shrinks in (effort.shrinks, 1):
             other_codes = _nearest(task, weight, folding, inputs, shrinks)
             other = of(other_codes)
             if (value := worth(other)) < cost:
-                codes, best, cost = other_codes, other, value
+                codes, best, cost, fell_back = other_codes, other, value, True
     power = max(loss(original, torch.zeros_like(original), fed, None, None), 1e-30)
     return Solved(
         codes,
         loss(wanted, plainly, fed, None, None) / power,
         loss(wanted, best, fed, None, None) / power,
         inputs.tokens(local) if local in inputs else 0,
+        fell_back,
     )
