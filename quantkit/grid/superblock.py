@@ -28,6 +28,8 @@ GROUP = {"Q4_K": 32, "Q5_K": 32, "Q6_K": 16, "IQ4_NL": 32}
 SMALL = {"Q4_K": (0, 63), "Q5_K": (0, 63), "Q6_K": (-128, 127), "IQ4_NL": (1, 1)}  # scales of groups
 SYMMETRIC = ("Q6_K", "IQ4_NL")  # no minima
 LEVELS = torch.tensor([-127.0, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113])  # kvalues_iq4nl of ggml-common.h
+# The level next to every half: those that lie between two levels are halves, too.
+_NEXT = LEVELS[torch.bucketize(torch.arange(-254, 227) / 2 + 0.25, (LEVELS[1:] + LEVELS[:-1]) / 2)]
 CHUNK = 1 << 17  # weights that are searched at a time: temporaries stay in the cache
 STEPS = 20  # first guesses of a group's scale
 ROUNDS = 2  # refits; a third gains less than .003 of the error
@@ -88,7 +90,7 @@ def decode(blocks: Superblocks) -> Float[Tensor, "out in"]:
 def nearest(weight: Tensor, scale: Tensor, minimum: Tensor, kind: str) -> Tensor:
     """The codes next to some weights, on grids that broadcast against them."""
     q = (weight - minimum) / _not_zero(scale)
-    q = LEVELS[torch.bucketize(q, (LEVELS[1:] + LEVELS[:-1]) / 2)] if kind == "IQ4_NL" else q.round_().clamp_(*LIMITS[kind])
+    q = _NEXT[q.mul_(2).floor_().clamp_(-254, 226).add_(254).int()] if kind == "IQ4_NL" else q.round_().clamp_(*LIMITS[kind])
     return torch.where(scale == 0, torch.full_like(q, float(kind == "IQ4_NL")), q)  # the level 1 is the nearest to nothing
 
 
@@ -167,7 +169,7 @@ def _reaches(kind: str) -> list[float]:
     """The codes that a group's extreme may lie on, whatever its sign."""
     bottom, top = LIMITS[kind]
     if kind == "IQ4_NL":  # its two ends differ
-        return [end * (0.75 + 0.5 * step / STEPS) for end in (bottom, top) for step in range(STEPS)]
+        return [end * (0.75 + step / STEPS) for end in (bottom, top) for step in range(STEPS // 2)]
     return [bottom + 1 - 2 * step / STEPS for step in range(STEPS)]
 
 
