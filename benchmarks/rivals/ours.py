@@ -70,7 +70,7 @@ def main() -> None:
         "wall_seconds": round(wall, 2),
         "peak_rss_bytes": peak,
         "seconds": {phase: round(spent, 2) for phase, spent in clock.seconds.items()},
-        "summary": report.summary(reports),
+        "summary": report.summary(reports, recipe.search.expert_floor),
         "settings": chosen["search"],
     }
     (arguments.output / "result.json").write_text(json.dumps(result, indent=1) + "\n")
