@@ -46,6 +46,7 @@ from quantkit.types import Batch, Json, Plan, Statistics
 from quantkit.write import gguf
 from quantkit.write.compressed_tensors import FORMAT, PASSED_ON, CompressedTensors
 from quantkit.write.gguf.artefact import GgufFile
+from quantkit.write.gguf.metadata import family_table
 
 SOLVED = "solved"
 OURS = (SOLVED, FORMAT, gguf.FORMAT, "run.json")  # what a run leaves in its folder
@@ -196,7 +197,7 @@ def calibrate(
     memory = Memory(left_for_activations(plan, max_memory, False), Path(output).absolute().parent)
     if imported is not None:
         widths = [{linear.local: linear.shape[1] for linear in block.linears} for block in plan.blocks]
-        statistics = _imatrix().read_imatrix(Path(imported), plan.family, widths)
+        statistics = _imatrix().read_imatrix(Path(imported), family_table(plan), widths)
         statistics = replace(statistics, about={**about, **statistics.about})
     else:
         statistics = _collected(plan, checkpoint, settings, chosen.search.expert_floor, clock, about, grams, memory)
@@ -204,7 +205,7 @@ def calibrate(
         save_statistics(Path(output), statistics)
         if imatrix is not None:
             names = [f"quantkit:{settings.mix}"] if imported is None else statistics.about["datasets"]
-            _imatrix().write_imatrix(Path(imatrix), statistics, plan.family, names, settings.sequence_length)
+            _imatrix().write_imatrix(Path(imatrix), statistics, family_table(plan), names, settings.sequence_length)
     seconds = {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()}
     return {**statistics.about, "seconds": seconds, "spilled": memory.spilled, "peak_memory": report.peak_memory()}
 

@@ -296,7 +296,7 @@ def _schemes(
 def served_as(recipe: Recipe, family: Family, model_type: str, local: str) -> str:
     """A name for the matrix as which an engine serves a linear: its parts share a scheme."""
     if recipe.formats == ["gguf"] and (table := family.gguf.get(model_type)):  # each of its tensors has a type of its own
-        return next((name for pattern, name in table.names.items() if matches(pattern, local)), local)
+        return table.called(local) or local
     stem = local.partition("experts.")[0] + "experts" if "experts." in local else local
     return next((names[0] for names in SERVED_AS_ONE if local in names), stem)
 

@@ -42,6 +42,16 @@ class Gguf:
     first_row: tuple[str, ...] = ()  # tables shorter than the vocabulary: ids behind their end read row 0
     visible: tuple[str, ...] = ()  # special tokens that a chat parser must see in the text
 
+    def called(self, tensor: str) -> str | None:
+        """A module's or a tensor's name in the file; "" of one that is not written, None of one that the table does not place."""
+        module, _, leaf = tensor.rpartition(".")
+        for pattern, target in self.names.items():
+            if matches(pattern, tensor):
+                return target
+            if matches(pattern, module):
+                return f"{target}.{leaf}" if target else ""
+        return None
+
 
 @dataclass(frozen=True, slots=True)
 class Family:

@@ -14,30 +14,37 @@ import numpy as np
 import torch
 
 from quantkit.errors import CalibrationError
+from quantkit.families.family import Gguf
 from quantkit.types import BlockStatistics, InputStats, Statistics
-from quantkit.write.imatrix_names import gguf_name, split_expert
 
 GENERAL_TYPE = "imatrix"
 
 
-def write_imatrix(path: Path, statistics: Statistics, family: str, datasets: Sequence[str], chunk: int) -> int:
+def entry_of(table: Gguf, index: int, local: str) -> tuple[str, int] | None:
+    """("blk.3.ffn_down_exps.weight", 17) of experts.17.down_proj in block 3; matrix 0 of a linear that is no expert's."""
+    name = table.called(local)
+    expert = int(local.split("experts.")[1].split(".")[0]) if "experts." in local else 0
+    return (f"blk.{index}.{name}.weight", expert) if name else None
+
+
+def write_imatrix(path: Path, statistics: Statistics, table: Gguf, datasets: Sequence[str], chunk: int) -> int:
     """Every linear that llama.cpp knows; experts with what the reserve added. Returns how many tensors it covers.
 
     Args:
+        table: what llama.cpp calls the linears.
         datasets: what the statistics were taken on, for whoever reads the file.
         chunk: the longest row, which llama.cpp calls a chunk.
     """
     matrices: dict[str, dict[int, tuple[Any, float]]] = {}
     for index, block in enumerate(statistics.blocks):
         for local, stats in block.inputs.items():
-            module, expert = split_expert(local)
-            name = gguf_name(family, index, module)
-            if name is None:
+            if (entry := entry_of(table, index, local)) is None:
                 continue
+            name, expert = entry
             square, tokens = stats.square.numpy(), float(stats.tokens)
             if more := block.reserve.get(local):
                 square, tokens = square + more.square.numpy(), tokens + more.tokens
-            matrices.setdefault(name, {})[expert or 0] = square, tokens
+            matrices.setdefault(name, {})[expert] = square, tokens
     rows = int(statistics.about.get("calibration", {}).get("tokens", 0))
     temporary = path.with_name(f".{path.name}.part")
     writer = gguf.GGUFWriter(temporary, GENERAL_TYPE)
@@ -59,7 +66,7 @@ def write_imatrix(path: Path, statistics: Statistics, family: str, datasets: Seq
     return len(matrices)
 
 
-def read_imatrix(path: Path, family: str, widths: Sequence[Mapping[str, int]]) -> Statistics:
+def read_imatrix(path: Path, table: Gguf, widths: Sequence[Mapping[str, int]]) -> Statistics:
     """An importance matrix, ours or llama.cpp's, as statistics.
 
     It holds no |x| and no Gram: |x| is taken as the root mean square, and there is no second moment off the diagonal.
@@ -85,15 +92,16 @@ def read_imatrix(path: Path, family: str, widths: Sequence[Mapping[str, int]]) -
     for index, linears in enumerate(widths):
         inputs: dict[str, InputStats] = {}
         for local, width in linears.items():
-            module, expert = split_expert(local)
-            name = gguf_name(family, index, module)
+            if (entry := entry_of(table, index, local)) is None:
+                continue
+            name, expert = entry
             sums, counts = tensors.get(f"{name}.in_sum2"), tensors.get(f"{name}.counts")
             if sums is None or counts is None:
                 continue
             sums, counts = np.atleast_2d(sums), counts.reshape(-1)
-            if sums.shape[1] != width or len(counts) != len(sums) or (expert or 0) >= len(sums):
+            if sums.shape[1] != width or len(counts) != len(sums) or expert >= len(sums):
                 raise CalibrationError(f"{path}: {name} is {sums.shape}, the model's {local} has {width} inputs; of another model?")
-            square, tokens = torch.from_numpy(sums[expert or 0].copy()), float(counts[expert or 0])
+            square, tokens = torch.from_numpy(sums[expert].copy()), float(counts[expert])
             if not bool((square.isfinite() & (square >= 0)).all()) or not 0 <= tokens < 2**53:
                 raise CalibrationError(f"{path}: {name} holds negative or infinite sums, which no run leaves")
             inputs[local] = InputStats(round(tokens), (square * tokens).sqrt(), square, None)

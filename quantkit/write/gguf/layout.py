@@ -102,13 +102,9 @@ class Layout:
 
     def _name(self, tensor: str) -> str:
         """A tensor's name in the file, "" where it is not written."""
-        for pattern, target in self.table.names.items():
-            module, _, leaf = tensor.rpartition(".")
-            if matches(pattern, tensor):
-                return target
-            if matches(pattern, module):
-                return f"{target}.{leaf}" if target else ""
-        raise WriteError(f"{tensor}: quantkit/families/{self.plan.family}.py does not say what llama.cpp calls it")
+        if (name := self.table.called(tensor)) is None:
+            raise WriteError(f"{tensor}: quantkit/families/{self.plan.family}.py does not say what llama.cpp calls it")
+        return name
 
     def _outside(self) -> Iterator[Slot]:
         """The vocabulary's tables, the last norm, and whatever else stands outside the blocks."""
