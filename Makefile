@@ -31,7 +31,7 @@ format: $(VENV)/ready
 reference: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python scripts/make_reference.py
 
-# Peak memory at the real width of a 26B-A4B: writes 8 GB of generated checkpoints, takes about half an hour
+# Peak memory at the real width of a 26B-A4B: writes 8 GB of generated checkpoints, takes an hour on one core
 memory: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/memory.py
 
