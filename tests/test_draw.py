@@ -18,7 +18,7 @@ from quantkit.calibrate.draw import Row, digest, draw, fill, make_row, manifest,
 from quantkit.calibrate.render import SPEAKERS, load_tokenizer
 from quantkit.calibrate.samples import Sample, in_seeds_order
 from quantkit.errors import CalibrationError
-from quantkit.recipe import Calibration, Mix, MixSource, load_mix
+from quantkit.recipe import Calibration, Mix, MixSource, load_mix, load_recipe, reference_model
 
 PINNED = [7, 6, 4, 8, 3, 2, 9, 11, 10, 1, 5, 0]
 WORDS = ["river", "model", "weight", "column", "answer", "number", "apples", "counts", "grid", "block", "round", "scale"]
@@ -186,6 +186,13 @@ def test_an_order_that_is_pinned():
     assert order == PINNED
     assert [int(sample.id) for sample in in_seeds_order(reversed(samples), 0)] == PINNED
     assert [int(sample.id) for sample in in_seeds_order(samples, 1)] != PINNED
+
+
+def test_the_shipped_sets_tokens_are_these_on_every_machine():
+    """Taken on one machine, asked of every other that runs the tests: who changes a sample or a quota changes this line."""
+    settings = load_recipe("awq-w4").calibration
+    drawn = draw(load_mix(settings.mix), settings, load_tokenizer(reference_model()))
+    assert digest(drawn.rows) == "526955f90a4b16fe1f13f5d418f2e6308eabb4d06382a300d53773b954b756bb"
 
 
 def test_a_digest_that_is_pinned():
