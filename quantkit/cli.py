@@ -18,6 +18,8 @@ from quantkit import __version__
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from quantkit.pipeline import Result
     from quantkit.report import Event, Listener
 
@@ -28,7 +30,7 @@ FORMATS = click.option(
     "--format",
     "formats",
     multiple=True,
-    type=click.Choice(["compressed-tensors", "gguf"]),
+    type=click.Choice(["compressed-tensors", "gguf", "onnx"]),
     help="In place of the recipe's; may be given twice.",
 )
 
@@ -291,8 +293,14 @@ def _describe(result: "Result") -> str:
         of = f"{rounded['scales']:,} scales and {rounded['minima']:,} minima of {rounded['groups']:,} groups"
         lines.append(f"gguf: 16-bit floats hold {of} only rounded")
     for name, folder in result.artefacts.items():
-        lines.append(f"serve: vllm serve {folder}" if name != "gguf" else f"serve: llama-server -m {next(folder.glob('*.gguf'))}")
+        lines.append(f"serve: {_serving(name, folder)}")
     return "\n".join(lines)
+
+
+def _serving(format: str, folder: "Path") -> str:
+    if format == "gguf":
+        return f"llama-server -m {next(folder.glob('*.gguf'))}"
+    return f"onnxruntime-genai, {folder}" if format == "onnx" else f"vllm serve {folder}"
 
 
 def _fed(calibration: dict[str, Any] | None) -> list[str]:

@@ -43,13 +43,16 @@ from quantkit.run import Run
 from quantkit.store import Store
 from quantkit.target import extremes, pick
 from quantkit.types import Batch, Json, Plan, Statistics
-from quantkit.write import gguf
+from quantkit.write import gguf, onnx
 from quantkit.write.compressed_tensors import FORMAT, PASSED_ON, CompressedTensors
 from quantkit.write.gguf.artefact import GgufFile
 from quantkit.write.gguf.metadata import family_table
+from quantkit.write.onnx.artefact import OnnxFolder
 
 SOLVED = "solved"
-OURS = (SOLVED, FORMAT, gguf.FORMAT, "run.json")  # what a run leaves in its folder
+FOLDERS = (SOLVED, FORMAT, gguf.FORMAT, onnx.FORMAT)
+OURS = (*FOLDERS, "run.json")  # what a run leaves in its folder
+Writer = CompressedTensors | GgufFile | OnnxFolder
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,7 +135,7 @@ def plan(
         plans = {f", {end} choices": make_plan(chosen, config, entries, chosen=ends) for end, ends in extremes(chosen, made).items()}
     sizes: dict[str, int] = {}
     for name in chosen.formats:
-        told = name if name == FORMAT or folder else f"{name} without its tokenizer"
+        told = name if name != gguf.FORMAT or folder else f"{name} without its tokenizer"
         sizes |= {told + which: _writer(name, chosen, one, _name(model), config, folder).bytes for which, one in plans.items()}
     return made, sizes
 
@@ -147,11 +150,13 @@ def _writer(
     checkpoint: TensorSource | None = None,
     store: Store | None = None,
     out: Path | None = None,
-) -> CompressedTensors | GgufFile:
+) -> Writer:
     """The writer of one format; without checkpoint, store and folder it only knows sizes."""
     folder = out / name if out else None
     if name == FORMAT:
         return CompressedTensors(plan, recipe.experts_layout, checkpoint, store, folder)
+    if name == onnx.FORMAT:
+        return OnnxFolder(plan, config, recipe.onnx.accuracy_level, recipe.onnx.embeddings, checkpoint, store, folder)
     types, pre = recipe.gguf.types, recipe.gguf.pre_tokenizer
     return GgufFile(plan, text_defaults(config), model, types, pre, tokenizer, checkpoint, store, folder)
 
@@ -269,7 +274,7 @@ def quantize(
         output: the run's folder; a run that was killed goes on there. Default: MODEL-RECIPE in the working directory.
         calibration: another mix or a .jsonl file in place of the recipe's.
         adapter: a PEFT LoRA adapter's folder, merged as the checkpoint is read.
-        formats: "compressed-tensors", "gguf" or both, in place of the recipe's; one more can be added to a run that is done.
+        formats: some of "compressed-tensors", "gguf", "onnx", in place of the recipe's; one more can be added to a run that is done.
         target_size: bytes of the weight files (of the first format): each linear's scheme is picked by what it costs.
         target_bits: the same by bits a weight of what is quantized, scales and zero points counted.
         fresh: delete what an earlier run left in `output` and start anew.
@@ -323,7 +328,7 @@ def quantize(
             return _writer(first, chosen, plan, name, checkpoint.config, checkpoint.folder).bytes
 
         plan, target = pick(chosen, plan, remade, size_of, skeleton, batches, store.folder / "target.json", clock)
-    writers: dict[str, CompressedTensors | GgufFile] = {
+    writers: dict[str, Writer] = {
         wanted: _writer(wanted, chosen, plan, name, checkpoint.config, checkpoint.folder, checkpoint, store, out)
         for wanted in chosen.formats
     }
@@ -357,6 +362,7 @@ def quantize(
         "heldout": scores,
         "target": target,
         **{name: asdict(writer.layout.rounded) for name, writer in writers.items() if isinstance(writer, GgufFile)},
+        **{name: writer.about for name, writer in writers.items() if isinstance(writer, OnnxFolder)},
         "summary": report.summary(reports, chosen.search.expert_floor),
         "adapter": asdict(checkpoint.adapter) if isinstance(checkpoint, Adapted) else None,
         "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
@@ -424,6 +430,6 @@ def _clear(out: Path) -> None:
         raise StoreError(f"{out}: not a run of quantkit; --fresh deletes only those; give another --output")
     if foreign := [path.name for path in out.iterdir() if path.name not in OURS and not path.name.endswith(".part")]:
         raise StoreError(f"{out}: holds {foreign[0]!r}, which is not of a run; --fresh deletes nothing beside it; move it away")
-    for path in (out / SOLVED, out / FORMAT, out / gguf.FORMAT):
-        shutil.rmtree(path, ignore_errors=True)
+    for name in FOLDERS:
+        shutil.rmtree(out / name, ignore_errors=True)
     (out / "run.json").unlink(missing_ok=True)

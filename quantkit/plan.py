@@ -83,7 +83,7 @@ def make_plan(
         json.dumps(
             # formats and what only a writer asks decide no code: a format can be added to a run later
             [
-                recipe.model_dump(mode="json", exclude={"formats", "gguf"}),
+                recipe.model_dump(mode="json", exclude={"formats", "gguf", "onnx"}),
                 model_type,
                 sorted((n, str(e.dtype), e.shape) for n, e in entries.items()),
                 schemes,

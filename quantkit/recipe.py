@@ -131,6 +131,13 @@ class Gguf(_Strict):
     pre_tokenizer: str | None = None  # llama.cpp's name; None: found by the pattern in tokenizer.json
 
 
+class Onnx(_Strict):
+    """What only an ONNX folder asks."""
+
+    accuracy_level: Literal[0, 4] = 0  # of the multiplies: fp32 activations, or activations rounded to 8 bits (faster, less exact)
+    embeddings: Literal[4, 8, 16] = 16  # bits of embedding tables and head, by plain rounding; 16: as the checkpoint has them
+
+
 class Recipe(_Strict):
     """What to do with a checkpoint. Order of precedence: overrides (the last that matches), ignore, targets."""
 
@@ -145,9 +152,10 @@ class Recipe(_Strict):
     targets: list[str] = ["*"]
     ignore: list[str] = []
     overrides: list[Override] = []
-    formats: Annotated[list[Literal["compressed-tensors", "gguf"]], Field(min_length=1)] = ["compressed-tensors"]
+    formats: Annotated[list[Literal["compressed-tensors", "gguf", "onnx"]], Field(min_length=1)] = ["compressed-tensors"]
     experts_layout: Literal["per-expert", "fused"] = "per-expert"
     gguf: Gguf = Gguf()
+    onnx: Onnx = Onnx()
     calibration: Calibration = Calibration()
     search: Search = Search()
     score: Score = Score()

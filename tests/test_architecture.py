@@ -42,6 +42,8 @@ ONLY = {  # every other library has its rooms
     "datasets": {"calibrate"},
     "pyarrow": {"calibrate"},
     "gguf": {"write"},
+    "onnx_ir": {"write"},
+    "onnxscript": {"write"},
 }
 NOT_EVEN = {  # of what all others may use
     "families": EVERYWHERE,  # tables are plain data

@@ -113,6 +113,32 @@ def published_entries(config: Json, dtype: torch.dtype = torch.bfloat16) -> dict
     return {name: Entry(t.dtype, tuple(t.shape)) for name, t in revert_weight_conversion(model, state).items()}
 
 
+def hollow_text_model(config: Json, dtype: torch.dtype, **options: Any) -> Any:
+    """The text model by itself of any config.json, on the meta device: the causal LM that transformers has for its text config.
+
+    Raises:
+        CheckpointError: transformers cannot read the config or build the model.
+    """
+    try:
+        text = _parse_config(config).get_text_config()
+        cls: Any = transformers.AutoModelForCausalLM._model_mapping[type(text)]
+        with torch.device("meta"), meta_device_safe_creation_ops():
+            model = cls._from_config(text, dtype=dtype, **options)
+    except Exception as problem:
+        raise CheckpointError(f"config.json: transformers cannot build its text model ({_line(problem)})") from None
+    return model.eval().requires_grad_(False)
+
+
+def fill_buffers(model: Any) -> None:
+    """inv_freq, embed_scale ... are in no checkpoint: the model's own initialisation makes them, all else flagged as loaded."""
+    for tensor in model.state_dict(keep_vars=True).values():
+        tensor._is_hf_initialized = True
+    for name, buffer in list(model.named_non_persistent_buffers()):
+        owner, _, leaf = name.rpartition(".")
+        model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
+    model.initialize_weights()
+
+
 class Skeleton:
     """The model without its blocks' weights. `block(i)` fills one from the checkpoint and empties it again.
 
@@ -134,7 +160,7 @@ class Skeleton:
         for block in self.blocks:
             experts.check_experts(block)
         self._sources = self._find_sources()
-        self._fill_buffers()
+        fill_buffers(self.model)
         head = self.model.get_output_embeddings()
         text = tuple(name + "." for name, m in self.model.named_modules() if m is decoder or (head is not None and m is head))
         outside = [t for t in self._sources if t.startswith(text) and not t.startswith(self._prefix)]
@@ -222,15 +248,6 @@ class Skeleton:
             raise CheckpointError(f"{self.checkpoint.folder}: {name} is {shapes}")
         value = tensor.to(old.dtype)
         setattr(owner, leaf, value if leaf in owner._buffers else nn.Parameter(value, requires_grad=False))
-
-    def _fill_buffers(self) -> None:
-        """inv_freq, embed_scale ... are in no checkpoint: the model's own initialisation makes them, all else flagged as loaded."""
-        for tensor in self.model.state_dict(keep_vars=True).values():
-            tensor._is_hf_initialized = True
-        for name, buffer in list(self.model.named_non_persistent_buffers()):
-            owner, _, leaf = name.rpartition(".")
-            self.model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
-        self.model.initialize_weights()
 
 
 @dataclass(slots=True)

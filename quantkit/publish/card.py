@@ -27,6 +27,7 @@ def write_card(folder: Path, about: Json, format: str) -> None:
         bits_per_weight=about["bits_per_weight"][format],
         gguf=next((path.name for path in folder.glob("*.gguf")), ""),
         rounded=about.get("gguf"),
+        onnx=about["onnx"] if format == "onnx" else None,
         parameters=about["parameters"],
         recipe=recipe["name"],
         recipe_description=recipe["description"],
