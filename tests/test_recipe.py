@@ -83,6 +83,7 @@ overrides:
 formats: [compressed-tensors, gguf]
 experts_layout: fused
 gguf: {types: {token_embd: q8_0}, pre_tokenizer: tekken}
+onnx: {accuracy_level: 4, embeddings: 8}
 calibration: {mix: other.jsonl, samples: 7, sequence_length: 256, batch_tokens: 512, seed: 11}
 search: {exponents: 10, rows: 64, shrinks: 5, expert_floor: 0, propagate: original}
 score: {samples: 0, sequence_length: 64}
