@@ -194,7 +194,7 @@ def test_a_tensor_that_the_plan_lacks_is_named(tmp_path):
     config = json.loads((source / "config.json").read_text())
     with pytest.raises(CheckpointError, match=r"needs model\.layers\.0\.self_attn\.q_norm\.weight"):
         artefact.OnnxFolder(plan, {**config, "model_type": "qwen3", "architectures": ["Qwen3ForCausalLM"]})
-    with pytest.raises(CheckpointError, match="by config.json"):
+    with pytest.raises(CheckpointError, match=r"by config\.json"):
         artefact.OnnxFolder(plan, {**config, "intermediate_size": 256})
 
 

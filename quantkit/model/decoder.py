@@ -7,7 +7,9 @@ Weights are stride-0 tensors: a graph's tracer wants every shape and device to b
 transformers itself makes for each type of layer, from the 2-D attention mask and the cache.
 """
 
+import json
 from collections.abc import Sequence
+from functools import lru_cache
 from statistics import NormalDist
 from types import MethodType
 from typing import Any
@@ -65,6 +67,17 @@ class Decoder(nn.Module):
         )
         present = [tensor for index in self.owners for tensor in (cache.layers[index].keys, cache.layers[index].values)]
         return (out.logits, *present)
+
+
+@lru_cache(maxsize=2)
+def text_shapes(config: str) -> dict[str, tuple[int, ...]]:
+    """Shapes of the text model's own tensors (buffers that no checkpoint holds left out) by name, from a config.json's text.
+
+    Raises:
+        CheckpointError: transformers cannot build it.
+    """
+    model = hollow_text_model(json.loads(config), torch.float32)
+    return {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
 
 
 def _fill_hollow(model: nn.Module) -> None:

@@ -11,13 +11,14 @@ import torch
 from quantkit.errors import CheckpointError, WriteError
 from quantkit.families.family import TOWERS, matches, outside_block
 from quantkit.model.checkpoint import TensorSource
-from quantkit.model.decoder import Decoder
+from quantkit.model.decoder import Decoder, text_shapes
 from quantkit.store import Store, replacing
 from quantkit.types import Json, Plan
 from quantkit.write.onnx.genai import genai_config
 from quantkit.write.onnx.layout import Layout
 
 GRAPH, DATA = "model.onnx", "model.onnx.data"
+CHUNK = 1 << 24  # elements that are looked at in one go
 LIBRARIES = ("onnx", "onnx_ir", "onnxscript")
 PASSED_ON = (  # what a tokenizer is made of, and what says how to chat and to sample
     "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "tokenizer.model", "vocab.json",
@@ -54,8 +55,7 @@ class OnnxFolder:
             raise WriteError("the format onnx needs the onnx packages: pip install 'quantkit[onnx]'")
         self.plan, self.config, self.accuracy_level, self.folder = plan, config, accuracy_level, folder
         self._checkpoint, self._store = checkpoint, store
-        self._decoder: Decoder | None = Decoder(config)
-        self.layout = Layout(plan, self._decoder.model.state_dict(), embeddings, checkpoint, store)
+        self.layout = Layout(plan, text_shapes(json.dumps(config, sort_keys=True)), embeddings, checkpoint, store)
 
     @property
     def about(self) -> Json:
@@ -80,7 +80,7 @@ class OnnxFolder:
                 tensor = piece.read()
                 if tensor.dtype != piece.dtype or tuple(tensor.shape) != piece.shape:
                     raise AssertionError(f"{piece.name}: planned {piece.dtype} {piece.shape}, made {tensor.dtype} {tuple(tensor.shape)}")
-                if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                if tensor.is_floating_point() and any(bool(part.isnan().any()) for part in tensor.reshape(-1).split(CHUNK)):
                     raise CheckpointError(f"{piece.name}: holds NaN; the checkpoint is damaged")
                 file.write(bytes(offset - file.tell()))
                 file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
@@ -97,8 +97,7 @@ class OnnxFolder:
         from quantkit.write.onnx.expand import Expander
         from quantkit.write.onnx.trace import trace
 
-        decoder, self._decoder = self._decoder or Decoder(self.config), None  # tracing puts placeholders into it
-        caches = decoder.cache_shapes
+        decoder = Decoder(self.config)
         model = Expander(trace(decoder, self.layout), self.layout, DATA, self.accuracy_level).run()
         with replacing(self.folder / GRAPH) as temporary:
             onnx_ir.save(model, temporary)
@@ -108,5 +107,5 @@ class OnnxFolder:
                 with replacing(self.folder / name) as temporary:
                     shutil.copyfile(source / name, temporary)
         with replacing(self.folder / "genai_config.json") as temporary:
-            made = genai_config(self.plan.model_type, self.config, source, len(caches), GRAPH)
+            made = genai_config(self.plan.model_type, self.config, source, len(decoder.cache_shapes), GRAPH)
             temporary.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

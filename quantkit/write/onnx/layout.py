@@ -13,7 +13,6 @@ starts at a multiple of 64 bytes, one of a MiB or more at a whole page, so that 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -55,7 +54,7 @@ class Layout:
 
     Args:
         plan: what happens to every tensor.
-        state: the text model's own tensors by name, as the graph will read them (`Decoder.model.state_dict()`).
+        shapes: of the text model's own tensors by name, as the graph will read them (`text_shapes`).
         embeddings: bits of the embedding tables and the head; 16 leaves them as they are.
         checkpoint, store: left out where only sizes are asked for.
 
@@ -67,7 +66,7 @@ class Layout:
     def __init__(
         self,
         plan: Plan,
-        state: Mapping[str, Any],
+        shapes: Mapping[str, tuple[int, ...]],
         embeddings: int = 16,
         checkpoint: TensorSource | None = None,
         store: Store | None = None,
@@ -80,8 +79,8 @@ class Layout:
         self.floats: dict[str, str] = {}  # the model's tensor -> the initialiser, where it is used as it is
         self.tables: dict[str, Matrix] = {}  # the model's tensor -> quantized embeddings
         self._outside = {outside_block(name): name for name in plan.kept}
-        for name, tensor in state.items():
-            self._place(name, tuple(tensor.shape))
+        for name, shape in shapes.items():
+            self._place(name, shape)
         self.offsets, self.bytes = _offsets(list(self.pieces.values()))
 
     def _place(self, name: str, shape: tuple[int, ...]) -> None:

@@ -39,7 +39,7 @@ class Linear(nn.Module):
 
 
 class Experts(nn.Module):
-    """Fused experts: rows sorted by expert, a grouped multiply, the family's own activation, another, and the sum of a token's experts."""
+    """Fused experts: rows sorted by expert, a grouped multiply, the family's activation, another, and the sum of a token's experts."""
 
     def __init__(self, name: str, experts: Any):
         super().__init__()

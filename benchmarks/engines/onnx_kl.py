@@ -1,0 +1,90 @@
+"""One solve in two engines: KL to the original of the compressed-tensors folder in transformers and of the ONNX folder in onnxruntime.
+
+    python benchmarks/engines/onnx_kl.py MODEL [--recipe awq-w4] [--samples 60] [--length 256] [--output DIR]
+
+Both folders come from one run, held-out samples are fed whole. Everything computes in fp32; transformers decodes a weight into bf16,
+onnxruntime multiplies its integers by their scales, so that much is engine noise. Exit code 1 where the KLs differ by more than 2 %.
+"""
+
+import argparse
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+import quantkit.hf
+from quantkit import pipeline
+from quantkit import recipe as recipes
+from quantkit.calibrate.draw import make_row
+from quantkit.calibrate.render import load_tokenizer
+from quantkit.calibrate.samples import choose
+from quantkit.calibrate.sources import read_samples
+from quantkit.evaluate.divergence import Scores, compare
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests"))
+import onnx_runs  # noqa: E402
+
+EQUAL = 0.02
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("model")
+    parser.add_argument("--recipe", default="awq-w4")
+    parser.add_argument("--samples", type=int, default=60)
+    parser.add_argument("--length", type=int, default=256)
+    parser.add_argument("--output", type=Path, help="the run's folder; one that is done is only scored")
+    options = parser.parse_args()
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        out = options.output or Path(scratch) / "out"
+        result = pipeline.quantize(options.model, recipe=options.recipe, output=out, formats=["compressed-tensors", "onnx"])
+        tokenizer = load_tokenizer(Path(options.model))
+        chosen = choose(read_samples(recipes.heldout_files()), options.samples, 0)
+        rows = [torch.tensor([make_row(sample, tokenizer, options.length).ids]) for sample in chosen]
+        architecture = transformers.AutoConfig.from_pretrained(options.model).architectures[0]
+        original = getattr(transformers, architecture).from_pretrained(options.model, dtype=torch.float32).eval()
+        packed = quantkit.hf.load_model(result.artefacts["compressed-tensors"], dtype=torch.float32).eval()
+        began = time.perf_counter()
+        session = onnx_runs.session(result.artefacts["onnx"])
+        print(f"onnxruntime opened the folder in {time.perf_counter() - began:.1f} s")
+        scores = {"transformers": Scores(), "onnxruntime": Scores()}
+        largest = 0.0
+        for ids in rows:
+            with torch.no_grad():
+                base, theirs = original(input_ids=ids).logits[0, :-1], packed(input_ids=ids).logits[0, :-1]
+            ours = torch.from_numpy(whole(session, ids.numpy()))[0, :-1]
+            largest = max(largest, float((ours - theirs).abs().max()))
+            counted = torch.ones(len(base), dtype=torch.bool)
+            for name, logits in (("transformers", theirs), ("onnxruntime", ours)):
+                scores[name].add(compare(base, logits, ids[0, 1:], counted), {})
+    found = {name: score.as_json() for name, score in scores.items()}
+    for name, score in found.items():
+        print(
+            f"{name:14} {score['tokens']} tokens: KL {score['kl']:.6f}, perplexity {score['perplexity']:.4f}, same top {score['same_top']:.4f}"
+        )
+    apart = found["onnxruntime"]["kl"] / found["transformers"]["kl"] - 1
+    print(f"KL of onnxruntime over transformers: {apart:+.3%}; logits differ by {largest:.1e} at most")
+    return int(abs(apart) > EQUAL)
+
+
+def whole(session, ids: np.ndarray) -> np.ndarray:
+    """Logits of one row, fed at once."""
+    past = {
+        value.name: np.zeros((1, value.shape[1], 0, value.shape[3]), np.float32)
+        for value in session.get_inputs()
+        if value.name.startswith("past_key_values.")
+    }
+    positions = np.arange(ids.shape[1], dtype=np.int64)[None]
+    fed = {"input_ids": ids, "attention_mask": np.ones_like(ids), "position_ids": positions, **past}
+    return session.run(["logits"], fed)[0]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
