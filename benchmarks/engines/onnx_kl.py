@@ -66,9 +66,8 @@ def main() -> int:
                 scores[name].add(compare(base, logits, ids[0, 1:], counted), {})
     found = {name: score.as_json() for name, score in scores.items()}
     for name, score in found.items():
-        print(
-            f"{name:14} {score['tokens']} tokens: KL {score['kl']:.6f}, perplexity {score['perplexity']:.4f}, same top {score['same_top']:.4f}"
-        )
+        numbers = f"KL {score['kl']:.6f}, perplexity {score['perplexity']:.4f}, same top {score['same_top']:.4f}"
+        print(f"{name:14} {score['tokens']} tokens: {numbers}")
     apart = found["onnxruntime"]["kl"] / found["transformers"]["kl"] - 1
     print(f"KL of onnxruntime over transformers: {apart:+.3%}; logits differ by {largest:.1e} at most")
     return int(abs(apart) > EQUAL)

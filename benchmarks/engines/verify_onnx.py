@@ -92,9 +92,8 @@ def main() -> int:
             except Exception as error:
                 row.good, row.why = False, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
         row.seconds = round(time.perf_counter() - began, 1)
-        print(
-            f"{row.family} {row.label}: {'ok' if row.good else 'NOT AS EXPECTED'} max {row.far:.1e} {row.why}", file=sys.stderr, flush=True
-        )
+        verdict = "ok" if row.good else "NOT AS EXPECTED"
+        print(f"{row.family} {row.label}: {verdict}, max {row.far:.1e} {row.why}", file=sys.stderr, flush=True)
         rows.append(row)
     show(rows)
     if options.json:
