@@ -119,6 +119,13 @@ def greedy(folder: Path, prompt: list[int], count: int) -> list[int]:
     return [int(token) for token in generator.get_sequence(0)]
 
 
+def encoded(folder: Path, text: str) -> list[int]:
+    """Token ids of a text by onnxruntime-genai's own tokenizer."""
+    import onnxruntime_genai as og
+
+    return [int(token) for token in og.Tokenizer(og.Model(str(folder))).encode(text)]
+
+
 def greedy_torch(model: torch.nn.Module, prompt: list[int], count: int) -> list[int]:
     """The same of the reference, by transformers' generate."""
     with torch.no_grad():

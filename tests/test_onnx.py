@@ -9,6 +9,7 @@ import onnx_runs
 import pytest
 import tiny
 import torch
+import transformers
 import yaml
 from safetensors.torch import load_file
 
@@ -157,6 +158,9 @@ def test_runs_in_its_engines(name, tmp_path):
     assert not graph.functions
     raw = (folder / "model.onnx").read_bytes()
     assert not [trace for trace in (str(tmp_path), "site-packages", ".py") if trace.encode() in raw]
+    stored = {value.name: value for value in graph.graph.initializer if value.external_data}
+    layout = artefact.OnnxFolder(plan, json.loads((source / "config.json").read_text()), 0, load_recipe(recipe).onnx.embeddings).layout
+    assert set(stored) == set(layout.pieces), "the data file holds what the graph reads, and nothing else"
     owners = {value.name.split(".")[1] for value in graph.graph.input if value.name.startswith("past_key_values.")}
     assert len(owners) == json.loads((folder / "genai_config.json").read_text())["model"]["decoder"]["num_hidden_layers"]
     store = onnx_runs.solved_store(tmp_path / "out", plan)
@@ -170,6 +174,9 @@ def test_runs_in_its_engines(name, tmp_path):
     pytest.importorskip("onnxruntime_genai", reason="onnxruntime-genai is not installed: pip install 'quantkit[onnx]'")
     prompt = list(range(30, 42))
     assert onnx_runs.greedy(folder, prompt, 40) == onnx_runs.greedy_torch(model, prompt, 40)
+    text = tiny.SENTENCES[0]
+    expected = transformers.AutoTokenizer.from_pretrained(source)(text, add_special_tokens=False).input_ids
+    assert onnx_runs.encoded(folder, text)[-len(expected) :] == expected
 
 
 def test_what_the_operator_does_not_hold_is_refused(tmp_path):

@@ -2,7 +2,7 @@
 
     python benchmarks/engines/verify_onnx.py [--only llama gemma4_moe] [--json FILE]
 
-Every family is built tiny, quantized through the command line in the format onnx, symmetric and asymmetric, and
+Every family is built tiny, quantized in the format onnx, symmetric and asymmetric, and
 
 - onnx's checker reads the graph;
 - onnxruntime is fed in pieces through the cache, one row padded on the left, past the sliding window; its logits stand beside those of
@@ -15,13 +15,14 @@ Exit code 1 if a row is not as expected. Level 4 rounds activations: its error i
 
 import argparse
 import json
-import subprocess
 import sys
 import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
+import torch
+import transformers
 import yaml
 from rich.console import Console
 from rich.table import Table
@@ -50,8 +51,12 @@ class Case:
     exact: bool = True
 
 
+FAMILIES = (  # all of tests/tiny.py; first one of each
+    "llama", "gemma4_moe", "gemma3_text", "gemma4_dense", "qwen3_moe", "gemma4_e", "gemma3n", "qwen3", "qwen2", "mistral", "mixtral",
+    "gemma4_text", "gemma3_vision", "gemma3n_text",
+)  # fmt: skip
 CASES = [
-    *(Case(family, kind, base) for family in tiny.FAMILIES for kind, base in (("sym", "awq-w4"), ("asym", "awq-w4-asym"))),
+    *(Case(family, kind, base) for family in FAMILIES for kind, base in (("sym", "awq-w4"), ("asym", "awq-w4-asym"))),
     Case("llama", "w8 g128", "awq-w8", {"weights": {"bits": 8, "group": 128}}),
     Case("gemma4_moe", "w8 row", "rtn-w4", {"weights": {"bits": 8, "group": "row"}}),
     Case("qwen2", "embeddings 8", changes={"onnx": {"embeddings": 8}}),
@@ -81,6 +86,9 @@ def main() -> int:
     parser.add_argument("--only", nargs="+", choices=tiny.FAMILIES, help="these families, not all")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
     rows = []
     for case in CASES:
         if options.only and case.family not in options.only:
@@ -106,8 +114,7 @@ def check(case: Case, work: Path, row: Row) -> None:
 
     source, recipe = tiny.build(case.family, work / "source"), work / "recipe.yaml"
     recipe.write_text(yaml.safe_dump({**load_recipe(case.base).model_dump(mode="json", exclude={"name"}), **QUICK, **case.changes}))
-    quantize(source, recipe, work / "out")
-    folder = work / "out" / "onnx"
+    folder = pipeline.quantize(str(source), recipe=str(recipe), output=work / "out", formats=["onnx"]).artefacts["onnx"]
     plan, sizes = pipeline.plan(str(source), str(recipe), formats=["onnx"])
     if sizes["onnx"] != (folder / "model.onnx.data").stat().st_size:
         raise RuntimeError("plan and file differ in size")
@@ -119,14 +126,6 @@ def check(case: Case, work: Path, row: Row) -> None:
     agree = [a == b for a, b in zip(ours, theirs, strict=False)]
     row.greedy = (agree.index(False) if False in agree else len(agree)) - len(PROMPT)
     row.good = not case.exact or (row.far < CLOSE and row.same == 1 and ours == theirs)
-
-
-def quantize(source: Path, recipe: Path, out: Path) -> None:
-    """Through the command line, as a user does."""
-    command = [sys.executable, "-m", "quantkit", "quantize", str(source), "--recipe", str(recipe), "--output", str(out), "--format", "onnx"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1200)
-    if done.returncode:
-        raise RuntimeError(f"quantize ended with {done.returncode}: {(done.stderr.strip() or 'no message').splitlines()[-1]}")
 
 
 def show(rows: list[Row]) -> None:

@@ -102,7 +102,11 @@ def trace(decoder: Decoder, layout: Layout) -> Any:
             },
         )
     model = program.model
-    _tidy(model, {f"{PREFIX}{name}" for name in (*layout.floats, *layout.tables)})
+    weights = {f"{PREFIX}{name}" for name in (*layout.floats, *layout.tables)}
+    hollow = {f"{PREFIX}{name}" for name in decoder.model.state_dict()} & set(model.graph.initializers)
+    if hollow - weights:
+        raise AssertionError(f"{min(hollow - weights)} would stay a zero in the graph")
+    _tidy(model, hollow)
     return model
 
 
@@ -124,7 +128,7 @@ def _tidy(model: Any, weights: set[str]) -> None:
     from onnxscript import optimizer
 
     graph = model.graph
-    for name in sorted(weights & set(graph.initializers)):
+    for name in sorted(weights):
         value = graph.initializers.pop(name)
         value.const_value = None
         graph.inputs.append(value)
