@@ -4,7 +4,7 @@ VENV := .venv
 ENGINES := .venv-engines
 LLAMA := .venv-llama
 RIVALS := .venv-rivals/ready .venv-autoround/ready
-.PHONY: demo test format engines llama memory reference rivals
+.PHONY: demo test format engines llama memory reference rivals onnx
 
 # PyTorch by itself first: a dependency that asks for any torch would otherwise bring the largest one
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -53,6 +53,10 @@ $(LLAMA)/ready: benchmarks/engines/llama-constraints.txt
 
 llama: $(VENV)/ready $(LLAMA)/ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/engines/verify_gguf.py --engine-python $(LLAMA)/bin/python
+
+# Every family in onnxruntime and onnxruntime-genai, beside transformers with the weights that the integers say (half an hour)
+onnx: $(VENV)/ready
+	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/engines/verify_onnx.py
 
 # llm-compressor (.venv-rivals) and AutoRound (.venv-autoround): their pins exclude ours and each other's (1.5 GB each)
 $(RIVALS): .venv-%/ready: benchmarks/rivals/requirements-%.txt

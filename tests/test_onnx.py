@@ -137,8 +137,12 @@ RUNS = {
         "onnx": {"embeddings": 8},
         "overrides": [{"match": "*o_proj", "keep": True}, {"match": "mlp*", "layers": [1], "weights": {"bits": 8}}],
     },
-    # experts, sliding and full layers with other head widths, keys that serve as values, two towers that stay behind
-    "gemma4_moe": {"build": {"num_hidden_layers": 3}, "base": "awq-w4"},
+    # experts (one layer's are kept), sliding and full layers with other head widths, keys that serve as values, a tower that stays behind
+    "gemma4_moe": {
+        "build": {"num_hidden_layers": 3},
+        "base": "awq-w4",
+        "overrides": [{"match": "experts*", "layers": [1], "keep": True}],
+    },
     # AltUp, per-layer embeddings, layers that borrow keys and values, sparse activations
     "gemma3n": {"weights": ASYMMETRIC},
 }

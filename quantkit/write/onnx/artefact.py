@@ -65,7 +65,7 @@ class OnnxFolder:
 
     @property
     def bytes(self) -> int:
-        """Exact bytes of the data file, which holds all weights; the graph beside it has some 3 kB a multiply."""
+        """Exact bytes of the data file, which holds all weights; the graph beside it has about 1 kB a multiply."""
         return self.layout.bytes
 
     def write_ready(self) -> list[Path]:

@@ -74,9 +74,9 @@ class Layout:
         self.plan, self.embeddings = plan, embeddings
         self._checkpoint, self._store = checkpoint, store
         self.pieces: dict[str, Piece] = {}
-        self.matrices: dict[str, Matrix] = {}  # module path, or that of the tensor of all experts -> what it multiplies by
-        self.experts: dict[str, list[Matrix]] = {}
-        self.floats: dict[str, str] = {}  # the model's tensor -> the initialiser, where it is used as it is
+        self.matrices: dict[str, Matrix] = {}  # a linear's module path -> what it multiplies by
+        self.experts: dict[str, list[Matrix]] = {}  # the model's tensor of all experts -> each one's
+        self.floats: dict[str, str] = {}  # the model's tensor -> the initialiser that is used as it is
         self.tables: dict[str, Matrix] = {}  # the model's tensor -> quantized embeddings
         self._outside = {outside_block(name): name for name in plan.kept}
         for name, shape in shapes.items():
@@ -84,28 +84,19 @@ class Layout:
         self.offsets, self.bytes = _offsets(list(self.pieces.values()))
 
     def _place(self, name: str, shape: tuple[int, ...]) -> None:
-        module = name.removesuffix(".weight")
         inside = in_block(name)
         if inside is None:
-            self._place_outside(name, module, shape)
+            self._place_outside(name, shape)
             return
         _, index, local = inside
-        block = self.plan.blocks[index]
+        block, module = self.plan.blocks[index], local.removesuffix(".weight")
         linears = {linear.local: linear for linear in block.linears}
         if len(shape) == 3:
-            parts = ("gate_proj", "up_proj") if local.endswith("gate_up_proj") else (local.rpartition(".")[2],)
-            stem = local.rpartition(".")[0]
-            wanted = [[linears.get(f"{stem}.{expert}.{part}") for part in parts] for expert in range(shape[0])]
-            path = f"{name.rpartition('.')[0]}.{{}}.{local.rpartition('.')[2]}"
-            for expert, found in enumerate(wanted):
-                if any(linear is None for linear in found):
-                    raise self._absent(name)
-                matrix = self._matrix(block, path.format(expert), [linear for linear in found if linear])
-                self._check(name, shape[1:], matrix.shape)
-                self.experts.setdefault(name, []).append(matrix)
-        elif local.removesuffix(".weight") in linears and name.endswith(".weight"):
-            self.matrices[module] = self._matrix(block, module, [linears[local.removesuffix(".weight")]])
-            self._check(name, shape, self.matrices[module].shape)
+            self._place_experts(name, shape, block, linears)
+        elif module in linears:
+            path = name.removesuffix(".weight")
+            self.matrices[path] = self._matrix(block, path, [linears[module]])
+            self._check(name, shape, self.matrices[path].shape)
         elif local in block.kept:
             source = block.kept[local]
             self._check(name, shape, self.plan.entries[source].shape)
@@ -114,7 +105,21 @@ class Layout:
         else:
             raise self._absent(name)
 
-    def _place_outside(self, name: str, module: str, shape: tuple[int, ...]) -> None:
+    def _place_experts(self, name: str, shape: tuple[int, ...], block: BlockPlan, linears: Mapping[str, Linear]) -> None:
+        """A fused tensor (experts, out, in) of the model: a matrix for each expert."""
+        path, _, leaf = name.rpartition(".")
+        stem = path.partition(f"layers.{block.index}.")[2]
+        parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
+        self.experts[name] = []
+        for expert in range(shape[0]):
+            locals_ = [f"{stem}.{expert}.{part}" for part in parts]
+            if not linears.keys() >= set(locals_):
+                raise self._absent(name)
+            matrix = self._matrix(block, f"{path}.{expert}.{leaf}", [linears[local] for local in locals_])
+            self._check(name, shape[1:], matrix.shape)
+            self.experts[name].append(matrix)
+
+    def _place_outside(self, name: str, shape: tuple[int, ...]) -> None:
         rest = outside_block(name)
         if rest == f"{HEAD}.weight" and rest not in self._outside:
             rest = TABLES[0]  # a head without weights of its own is tied to the embeddings
@@ -123,16 +128,16 @@ class Layout:
             raise self._absent(name)
         self._check(name, shape, self.plan.entries[source].shape)
         if self.embeddings != 16 and rest in TABLES:
-            table = next((t for t in self.tables.values() if t.name == rest), None) or self._table(rest, source)
+            stem = rest.removesuffix(".weight")
+            table = next((one for one in self.tables.values() if one.name == stem), None) or self._table(stem, source)
             self.tables[name] = table
-            if module == HEAD:
-                self.matrices[HEAD] = table
-            return
-        if rest not in self.pieces:
-            self._add(rest, self.plan.entries[source].dtype, shape, partial(self._copied, source))
-        self.floats[name] = rest
-        if module == HEAD:
-            self.matrices[HEAD] = Matrix(HEAD, (shape[0], shape[1]), None, (rest,))
+        else:
+            if rest not in self.pieces:
+                self._add(rest, self.plan.entries[source].dtype, shape, partial(self._copied, source))
+            self.floats[name] = rest
+            table = Matrix(rest, (shape[0], shape[-1]), None, (rest,))
+        if name == f"{HEAD}.weight":
+            self.matrices[HEAD] = table
 
     def _matrix(self, block: BlockPlan, name: str, linears: Sequence[Linear]) -> Matrix:
         """One linear, or the linears whose rows stand over each other in one multiply."""
