@@ -1,15 +1,15 @@
 """One solve in two engines: KL to the original of the compressed-tensors folder in transformers and of the ONNX folder in onnxruntime.
 
-    python benchmarks/engines/onnx_kl.py MODEL [--recipe awq-w4] [--samples 60] [--length 256] [--output DIR]
+    quantkit quantize MODEL --format compressed-tensors --format onnx --output RUN
+    python benchmarks/engines/onnx_kl.py MODEL RUN [--samples 60] [--length 256]
 
-Both folders come from one run, held-out samples are fed whole. Everything computes in fp32; transformers decodes a weight into bf16,
+Held-out samples are fed whole. Everything computes in fp32; transformers decodes a weight into bf16,
 onnxruntime multiplies its integers by their scales, so that much is engine noise. Beside them the same folder at accuracy level 4, where
 onnxruntime rounds activations to 8 bits. Exit code 1 where the KLs of the first two differ by more than 2 %.
 """
 
 import argparse
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -18,7 +18,6 @@ import torch
 import transformers
 
 import quantkit.hf
-from quantkit import pipeline
 from quantkit import recipe as recipes
 from quantkit.calibrate.draw import make_row
 from quantkit.calibrate.render import load_tokenizer
@@ -36,36 +35,32 @@ EQUAL = 0.02
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("model")
-    parser.add_argument("--recipe", default="awq-w4")
+    parser.add_argument("run", type=Path, help="the run's folder, with both formats")
     parser.add_argument("--samples", type=int, default=60)
     parser.add_argument("--length", type=int, default=256)
-    parser.add_argument("--output", type=Path, help="the run's folder; one that is done is only scored")
     options = parser.parse_args()
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
-    with tempfile.TemporaryDirectory() as scratch:
-        out = options.output or Path(scratch) / "out"
-        result = pipeline.quantize(options.model, recipe=options.recipe, output=out, formats=["compressed-tensors", "onnx"])
-        tokenizer = load_tokenizer(Path(options.model))
-        chosen = choose(read_samples(recipes.heldout_files()), options.samples, 0)
-        rows = [torch.tensor([make_row(sample, tokenizer, options.length).ids]) for sample in chosen]
-        architecture = transformers.AutoConfig.from_pretrained(options.model).architectures[0]
-        original = getattr(transformers, architecture).from_pretrained(options.model, dtype=torch.float32).eval()
-        packed = quantkit.hf.load_model(result.artefacts["compressed-tensors"], dtype=torch.float32).eval()
-        began = time.perf_counter()
-        session = onnx_runs.session(result.artefacts["onnx"])
-        print(f"onnxruntime opened the folder in {time.perf_counter() - began:.1f} s")
-        rough = at_level(result.artefacts["onnx"], 4)
-        scores = {"transformers": Scores(), "onnxruntime": Scores(), "level 4": Scores()}
-        largest = 0.0
-        for ids in rows:
-            with torch.no_grad():
-                base, theirs = original(input_ids=ids).logits[0, :-1], packed(input_ids=ids).logits[0, :-1]
-            ours, less = (torch.from_numpy(whole(one, ids.numpy()))[0, :-1] for one in (session, rough))
-            largest = max(largest, float((ours - theirs).abs().max()))
-            counted = torch.ones(len(base), dtype=torch.bool)
-            for name, logits in (("transformers", theirs), ("onnxruntime", ours), ("level 4", less)):
-                scores[name].add(compare(base, logits, ids[0, 1:], counted), {})
+    tokenizer = load_tokenizer(Path(options.model))
+    chosen = choose(read_samples(recipes.heldout_files()), options.samples, 0)
+    rows = [torch.tensor([make_row(sample, tokenizer, options.length).ids]) for sample in chosen]
+    architecture = transformers.AutoConfig.from_pretrained(options.model).architectures[0]
+    original = getattr(transformers, architecture).from_pretrained(options.model, dtype=torch.float32).eval()
+    packed = quantkit.hf.load_model(options.run / "compressed-tensors", dtype=torch.float32).eval()
+    began = time.perf_counter()
+    session = onnx_runs.session(options.run / "onnx")
+    print(f"onnxruntime opened the folder in {time.perf_counter() - began:.1f} s")
+    rough = at_level(options.run / "onnx", 4)
+    scores = {"transformers": Scores(), "onnxruntime": Scores(), "level 4": Scores()}
+    largest = 0.0
+    for ids in rows:
+        with torch.no_grad():
+            base, theirs = original(input_ids=ids).logits[0, :-1], packed(input_ids=ids).logits[0, :-1]
+        ours, less = (torch.from_numpy(whole(one, ids.numpy()))[0, :-1] for one in (session, rough))
+        largest = max(largest, float((ours - theirs).abs().max()))
+        counted = torch.ones(len(base), dtype=torch.bool)
+        for name, logits in (("transformers", theirs), ("onnxruntime", ours), ("level 4", less)):
+            scores[name].add(compare(base, logits, ids[0, 1:], counted), {})
     found = {name: score.as_json() for name, score in scores.items()}
     for name, score in found.items():
         numbers = f"KL {score['kl']:.6f}, perplexity {score['perplexity']:.4f}, same top {score['same_top']:.4f}"
