@@ -7,7 +7,8 @@ QuantkitError            exit 1, one line: what, where, what to do
 ├── RecipeError          the recipe: unknown key, impossible group, nothing left to quantize
 ├── CalibrationError     the calibration set: empty, unreadable, or an expert or linear that it never reached
 ├── StoreError           the output folder holds another run, or this run's blocks are damaged
-└── WriteError           an artefact cannot be written as asked for
+├── WriteError           an artefact cannot be written as asked for
+└── EvaluationError      artefact and baseline cannot be compared: another tokenizer, an empty suite, an engine that is missing or errs
 """
 
 
@@ -43,3 +44,7 @@ class StoreError(QuantkitError):
 
 class WriteError(QuantkitError):
     """A writer cannot express the plan in its format."""
+
+
+class EvaluationError(QuantkitError):
+    """An artefact and its baseline cannot be compared, so there is no verdict."""

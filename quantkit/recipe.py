@@ -1,4 +1,5 @@
-"""The YAML that people write, read strictly: recipes (what to do) and calibration mixes (what to feed). Nothing else reads YAML."""
+"""The YAML that people write, read strictly: recipes (what to do), calibration mixes (what to feed), suites (what to ask an artefact)
+and gates (what it must reach). Nothing else reads YAML."""
 
 import difflib
 import re
@@ -8,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from quantkit.errors import CalibrationError, QuantkitError, RecipeError
+from quantkit.errors import CalibrationError, EvaluationError, QuantkitError, RecipeError
 
 HERE = Path(__file__).parent
 UNITS = {"": 1, "b": 1} | {f"{unit}{'i' * (step == 1024)}b": step**n for step in (1000, 1024) for n, unit in enumerate("kmgt", 1)}
@@ -250,6 +251,86 @@ class Mix(_Strict):
         return [path for source in self.sources for path in source.files()]
 
 
+class Items(_Strict):
+    """Questions with one right answer: how many of each kind and language. None: all there are; 0: none."""
+
+    path: str | None = None  # a .jsonl file or a folder of them, beside the suite's YAML; None: our own items
+    choice: Annotated[int, Field(ge=0)] | None = None
+    answer: Annotated[int, Field(ge=0)] | None = None
+    call: Annotated[int, Field(ge=0)] | None = None
+    answer_tokens: Annotated[int, Field(ge=1, le=32768)] = 256  # generated at most
+
+
+class Harness(_Strict):
+    """Tasks of lm-evaluation-harness, by its names or by those on model cards."""
+
+    tasks: Annotated[list[str], Field(min_length=1)]
+    limit: Annotated[int, Field(ge=1)] | None = None  # items of each task
+    fewshot: Annotated[int, Field(ge=0)] | None = None  # None: the task's own
+    chat_template: bool = False
+    include: str | None = None  # a folder of task files of one's own
+    answer_tokens: Annotated[int, Field(ge=1, le=32768)] = 256  # generated at most, where the task says nothing
+
+
+class Suite(_Strict):
+    """What both models are asked: documents for KL and perplexity, items, tasks of lm-evaluation-harness."""
+
+    name: str
+    description: str
+    documents: str | None = "held-out"  # our held-out samples; or a .jsonl or .txt file or a folder of them; null: none
+    document_tokens: Annotated[int, Field(ge=8)] | None = None  # of a document at most; None: whole
+    window: Annotated[int, Field(ge=8, le=131072)] = 512  # tokens of context at most
+    bos: Literal["window", "document"] = "window"  # stands in front of every window, or of a document's first one alone
+    items: Items | None = None
+    harness: Harness | None = None
+    tail: Annotated[float, Field(ge=0, le=0.1)] = 1e-4  # probability of a distribution that a stored baseline may lump together
+    most: Annotated[int, Field(ge=1)] = 8192  # tokens of a distribution that it keeps, however much is left
+
+    @model_validator(mode="after")
+    def _asks_something(self) -> "Suite":
+        if self.documents is None and self.items is None and self.harness is None:
+            raise ValueError("an empty suite: give documents, items or harness")
+        return self
+
+
+Portion = Annotated[float, Field(ge=0, le=1)]
+
+
+class DivergenceGate(_Strict):
+    """Budgets, in nats; an upper bound from a bootstrap over documents must keep them."""
+
+    kl_mean: Annotated[float, Field(ge=0)] | None = None
+    kl_99: Annotated[float, Field(ge=0)] | None = None  # of the 99th percentile over tokens
+    kl_mean_group: Annotated[float, Field(ge=0)] | None = None  # no language and no domain may be shown to exceed it
+    same_top: Portion | None = None  # at least so often both models put the same token first
+    bits_per_byte: Annotated[float, Field(ge=0)] | None = None  # at most so many more than the baseline's
+
+
+class ItemsGate(_Strict):
+    """Non-inferiority on items that both models answered."""
+
+    margin: Portion | None = None  # of accuracy, all items together
+    group_margin: Portion | None = None  # no language, domain, kind or task may be shown to lose more
+    flips: Portion | None = None  # share of items whose verdict may change, either way
+    call_margin: Portion | None = None  # tool calls that a parser and their schema accept: how much less often than the baseline's
+
+
+class Gate(_Strict):
+    """What an artefact must reach. PASS: all of it is shown; FAIL: something is shown to be missed; else INCONCLUSIVE."""
+
+    name: str
+    description: str
+    confidence: Annotated[float, Field(ge=0.5, lt=1)] = 0.95  # of every one-sided bound; families of groups share it (Holm)
+    divergence: DivergenceGate = DivergenceGate()
+    items: ItemsGate = ItemsGate()
+
+    @model_validator(mode="after")
+    def _demands_something(self) -> "Gate":
+        if not self.divergence.model_fields_set | self.items.model_fields_set:
+            raise ValueError("an empty gate: give divergence or items")
+        return self
+
+
 def shipped(kind: str) -> Path:
     """The folder of one kind of data that we ship: inside the package in a wheel, beside it in a checkout."""
     packed = HERE / "shipped_data" / kind
@@ -320,9 +401,71 @@ def load_mix(name: str) -> Mix:
     return mix.model_copy(update={"sources": sources})
 
 
+HARNESS = "lm-eval:"
+
+
+def shipped_evaluations(kind: Literal["suites", "gates"]) -> list[str]:
+    return sorted(path.stem for path in shipped("eval").joinpath(kind).glob("*.yaml"))
+
+
+def load_suite(name: str) -> Suite:
+    """A shipped suite by name, a YAML file, or `lm-eval:task,task`: tasks of lm-evaluation-harness alone.
+
+    Paths come back as they stand for themselves, wherever the YAML lies.
+
+    Raises:
+        EvaluationError: no such suite, or it asks for nothing.
+    """
+    if name.startswith(HARNESS):
+        tasks = [task.strip() for task in name.removeprefix(HARNESS).split(",") if task.strip()]
+        if not tasks:
+            raise EvaluationError(f"suite {name!r}: names no task; write {HARNESS}hellaswag,arc_challenge")
+        return Suite(name=name, description="tasks of lm-evaluation-harness", documents=None, harness=Harness(tasks=tasks))
+    path = _evaluation("suites", name)
+    suite = _validated(Suite, {"name": path.stem, **_mapping(path, EvaluationError)}, path, EvaluationError)
+    update: dict[str, Any] = {}
+    if suite.documents not in (None, "held-out"):
+        update["documents"] = str(path.parent / str(suite.documents))
+    if suite.items is not None and suite.items.path is not None:
+        update["items"] = suite.items.model_copy(update={"path": str(path.parent / suite.items.path)})
+    if suite.harness is not None and suite.harness.include is not None:
+        update["harness"] = suite.harness.model_copy(update={"include": str(path.parent / suite.harness.include)})
+    return suite.model_copy(update=update)
+
+
+def load_gate(name: str) -> Gate:
+    """A shipped gate by name, or a YAML file.
+
+    Raises:
+        EvaluationError: no such gate, or it demands nothing.
+    """
+    path = _evaluation("gates", name)
+    return _validated(Gate, {"name": path.stem, **_mapping(path, EvaluationError)}, path, EvaluationError)
+
+
+def _evaluation(kind: Literal["suites", "gates"], name: str) -> Path:
+    if name in shipped_evaluations(kind):
+        return shipped("eval") / kind / f"{name}.yaml"
+    if not Path(name).is_file():
+        known = ", ".join(shipped_evaluations(kind))
+        raise EvaluationError(f"{kind[:-1]} {name!r}: neither a shipped one ({known}) nor a YAML file that exists")
+    return Path(name)
+
+
+def load_benchmarks() -> dict[str, str]:
+    """Names on model cards -> tasks of lm-evaluation-harness, or "-" and the reason where it has none."""
+    found = _mapping(shipped("eval") / "benchmarks.yaml", EvaluationError)
+    return {str(name): str(task) for name, task in found.items()}
+
+
 def heldout_files() -> list[Path]:
     """Our samples that are never calibrated on: what a run is scored with while it streams."""
     return sorted(shipped("eval").joinpath("heldout").glob("*.jsonl"))
+
+
+def items_folder() -> Path:
+    """Our questions with one right answer."""
+    return shipped("eval") / "items"
 
 
 def reference_model() -> Path:
