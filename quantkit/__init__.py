@@ -21,3 +21,10 @@ def calibrate(model: str | None = None, **options: Any) -> Any:
     from quantkit import pipeline
 
     return pipeline.calibrate(model, **options)
+
+
+def evaluate(artefact: str, **options: Any) -> Any:
+    """See `quantkit.pipeline.evaluate`; imported when called."""
+    from quantkit import pipeline
+
+    return pipeline.evaluate(artefact, **options)

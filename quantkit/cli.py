@@ -1,6 +1,6 @@
 """The command line. Results go to stdout, progress to stderr; an error of ours becomes one line and an exit code.
 
-Exit codes: 0 done, 1 bad input (one line), 2 usage, 130 interrupted (the same command goes on).
+Exit codes: 0 done, 1 bad input (one line), 2 usage, 3 gate failed, 4 gate inconclusive, 130 interrupted (the same command goes on).
 Commands import the pipeline when they run, so that --help needs no torch.
 """
 
@@ -209,6 +209,80 @@ def calibrate(
         click.echo("\n".join([*calibration_lines(about), *_fed(about.get("calibration")), cost, *filter(None, (output, imatrix))]))
 
 
+ENGINES = ("auto", "transformers", "vllm", "llama.cpp", "onnxruntime", "dequantized")
+
+
+@main.command("eval")
+@click.argument("artefact")
+@click.option("--baseline", metavar="MODEL", help="The original: a folder or a Hub id. [default: the embedded model, if made from it]")
+@click.option("--suite", default="quick", show_default=True, help="quick, full, divergence, a YAML file, or lm-eval:TASK,TASK.")
+@click.option("--engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="What opens ARTEFACT.")
+@click.option("--baseline-engine", type=click.Choice(ENGINES), default="auto", show_default=True, help="What opens the original.")
+@click.option("--gate", metavar="GATE", help="default, strict, smoke, or a YAML file: exit code 0 PASS, 3 FAIL, 4 INCONCLUSIVE.")
+@click.option("--limit", type=click.IntRange(1), help="So many documents, items of each kind and of each lm-eval task at most.")
+@click.option("--against", metavar="FILE", help="An earlier run's --store: the gate also fails where this one is shown to be worse.")
+@click.option("--store", metavar="FILE", help="Write this run for a later --against, small.")
+@click.option("--output", metavar="FILE", help="Write the whole report as JSON, every answer included.")
+@click.option("--junit", metavar="FILE", help="Write the gate's checks as JUnit XML.")
+@click.option("--cache", metavar="DIR", help="Where baselines are kept. [default: $QUANTKIT_CACHE or the user's cache folder]")
+@click.option("--threads", type=click.IntRange(1), help="Threads of the engine. One is best on cores that others use too.")
+@JSON
+def evaluate(
+    artefact: str,
+    baseline: str | None,
+    suite: str,
+    engine: str,
+    baseline_engine: str,
+    gate: str | None,
+    limit: int | None,
+    against: str | None,
+    store: str | None,
+    output: str | None,
+    junit: str | None,
+    cache: str | None,
+    threads: int | None,
+    as_json: bool,
+) -> None:
+    """Judge ARTEFACT, the files that ship, beside their original: KL, flips, perplexity, tasks, and a gate.
+
+    ARTEFACT is an artefact's folder, a run's folder that holds one, or a .gguf file.
+    """
+    if junit and not gate:
+        raise click.UsageError("--junit reports a gate's checks; give --gate too")
+    with _one_line_errors():
+        from quantkit import pipeline
+        from quantkit.evaluate import outcome
+
+        _quiet()
+        if threads:
+            import torch
+
+            torch.set_num_threads(threads)
+        for path in filter(None, (store, output, junit)):
+            if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+                raise QuantkitError(f"{path}: there is no such folder to write to")
+        with _progress() as tell:
+            result = pipeline.evaluate(
+                artefact,
+                baseline=baseline,
+                suite=suite,
+                engine=engine,
+                baseline_engine=baseline_engine,
+                gate=gate,
+                limit=limit,
+                against=against,
+                cache=cache,
+                tell=tell,
+            )
+        outcome.write_files(result.report, store, output, junit)
+        if as_json:
+            short = {key: value for key, value in result.report.items() if key not in ("answers", "stored")}
+            click.echo(json.dumps(short, ensure_ascii=False))
+        else:
+            click.echo("\n".join(outcome.lines(result.report)))
+    sys.exit(result.exit_code)
+
+
 @main.command()
 def recipes() -> None:
     """The recipes that are shipped."""
@@ -335,7 +409,7 @@ def _progress() -> "Iterator[Listener]":
 
         def tell(event: "Event") -> None:
             left = "" if event.seconds_left is None else f"{_duration(event.seconds_left)} left, "
-            detail = "" if event.block is None else f"block {min(event.block + 1, event.blocks)}/{event.blocks}, "
+            detail = "" if event.block is None else f"{event.unit} {min(event.block + 1, event.blocks)}/{event.blocks}, "
             detail += f"{event.tokens:,} tokens, " if event.tokens else ""
             detail += f"{left}peak {event.memory / 2**30:.1f} GiB"
             bar.update(task, description=event.phase, completed=event.block or 0, total=event.blocks or None, detail=detail)
@@ -367,7 +441,9 @@ def _duration(seconds: float) -> str:
 def _quiet() -> None:
     """Libraries' warnings would stand beside our one line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries
     import transformers
 
     transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries

@@ -90,9 +90,13 @@ def _stack(value: Any) -> Tensor:
     return value
 
 
+MODEL_TYPES = ("gemma4", "gemma4_text")  # with towers, and the text model by itself
+
+
 def register() -> bool:
     """Teach transformers the experts of our Gemma 4 checkpoints. False where it knows them already."""
-    if conversion_mapping.get_checkpoint_conversion_mapping("gemma4") is not None:
+    unknown = [name for name in MODEL_TYPES if conversion_mapping.get_checkpoint_conversion_mapping(name) is None]
+    if not unknown:
         return False
     per_expert = [
         WeightConverter([f"experts.*.{p}.{part}" for p in ("gate_proj", "up_proj") for part in PARTS], "experts.gate_up_proj", [_Decode()]),
@@ -102,7 +106,8 @@ def register() -> bool:
         WeightConverter([f"experts.{name}_{part}" for part in FUSED_PARTS], f"experts.{name}", [_Decode()])
         for name in ("gate_up_proj", "down_proj")
     ]
-    conversion_mapping.register_checkpoint_conversion_mapping("gemma4", [*fused, *per_expert])  # saving looks from the end
+    for name in unknown:
+        conversion_mapping.register_checkpoint_conversion_mapping(name, [*fused, *per_expert])  # saving looks from the end
     return True
 
 

@@ -7,6 +7,7 @@ schemes    <- batches, a target                    only where the recipe names a
 for block:    fill, observe, solve, store, empty   one decoder block in memory
 artefacts  <- store, checkpoint                    shards as the blocks they need are solved
 scores     <- held-out samples                     they ran beside, through original and quantized blocks
+verdict    <- artefact, original, suite, gate      `evaluate`: what ships, opened by the engine that will serve it
 """
 
 import shutil
@@ -28,7 +29,10 @@ from quantkit.calibrate.render import load_tokenizer
 from quantkit.calibrate.samples import choose
 from quantkit.calibrate.sources import read_samples
 from quantkit.calibrate.statistics import save_statistics
-from quantkit.errors import CalibrationError, CheckpointError, StoreError, WriteError
+from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, StoreError, WriteError
+from quantkit.evaluate.engines import find_artefact
+from quantkit.evaluate.session import Evaluation
+from quantkit.evaluate.session import evaluate as judge
 from quantkit.model.adapter import Adapted
 from quantkit.model.blocks import Skeleton, Stream, published_entries, text_defaults
 from quantkit.model.checkpoint import Checkpoint, TensorSource, file_digest, read_json
@@ -36,6 +40,7 @@ from quantkit.model.hub import find_folder, is_folder, remote_headers
 from quantkit.model.memory import Memory, give_back_memory, left_for_activations
 from quantkit.plan import make_plan, text_config
 from quantkit.publish.card import write_card
+from quantkit.publish.manifest import NAME as MANIFEST
 from quantkit.publish.manifest import write_manifest
 from quantkit.recipe import Calibration, Recipe
 from quantkit.report import Clock, Listener, silent
@@ -379,6 +384,73 @@ def quantize(
         write_manifest(out / made, about, made)
     report.write_json(out / "run.json", about)
     return Result(out, {made: out / made for made in writers}, sizes, about)
+
+
+def evaluate(
+    artefact: str | Path,
+    *,
+    baseline: str | Path | None = None,
+    suite: str = "quick",
+    engine: str = "auto",
+    baseline_engine: str = "auto",
+    gate: str | None = None,
+    limit: int | None = None,
+    against: str | Path | None = None,
+    cache: str | Path | None = None,
+    tell: Listener = silent,
+) -> Evaluation:
+    """Judge the files that ship: open them in the engine that will serve them, beside their original, on the same tokens.
+
+    Args:
+        artefact: an artefact's folder, a run's folder that holds one, or a .gguf file.
+        baseline: the original, a folder or a Hub id; None: the embedded reference model, where the artefact was made from it.
+        suite: a shipped suite's name, a YAML file, or `lm-eval:task,task`.
+        engine, baseline_engine: auto, transformers, vllm, llama.cpp, onnxruntime or dequantized.
+        gate: a shipped gate's name or a YAML file; None: figures without a verdict.
+        limit: documents, items of each kind and items of each harness task at most.
+        against: JSON that an earlier evaluation stored; the gate judges by that run too.
+        cache: the folder of baselines; None: the user's.
+
+    Returns:
+        The report and its verdict: PASS, FAIL, INCONCLUSIVE, or None without a gate.
+
+    Raises:
+        EvaluationError: there is no verdict; one line says why.
+    """
+    chosen, judged = recipes.load_suite(suite), recipes.load_gate(gate) if gate else None
+    place = Path(artefact)
+    if baseline is None:
+        if not _made_from_reference(place):
+            raise EvaluationError(f"{artefact}: was not made from the embedded reference model; name its original with --baseline")
+        baseline = recipes.reference_model()
+    stored = None
+    if against is not None:
+        if judged is None:
+            raise EvaluationError(f"{against}: a stored run needs a gate to judge by; give --gate too")
+        if not isinstance(stored := read_json(Path(against)), dict) or not stored.keys() & {"documents", "items"}:
+            raise EvaluationError(f"{against}: not what `quantkit eval --store` writes")
+    return judge(
+        place,
+        find_folder(str(baseline)),
+        chosen,
+        gate=judged,
+        engine=engine,
+        baseline_engine=baseline_engine,
+        limit=limit,
+        stored=stored,
+        cache=Path(cache) if cache is not None else None,
+        tell=tell,
+    )
+
+
+def _made_from_reference(artefact: Path) -> bool:
+    """Whether an artefact's manifest says that its weights are the embedded model's."""
+    folder = find_artefact(artefact)
+    manifest = (folder if folder.is_dir() else folder.parent) / MANIFEST
+    if not manifest.is_file():
+        return False
+    weights = "model.safetensors"
+    return bool(read_json(manifest).get("inputs", {}).get(weights) == file_digest(recipes.reference_model() / weights))
 
 
 def _heldout(recipe: Recipe, tokenizer: Any) -> list[Batch]:

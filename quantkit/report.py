@@ -29,6 +29,7 @@ class Event:
     tokens: int = 0  # of the calibration set
     seconds_left: float | None = None
     memory: int = 0  # peak so far, bytes
+    unit: str = "block"  # what is counted
 
 
 Listener = Callable[[Event], None]

@@ -65,20 +65,20 @@ def keep(log_p: Float[Tensor, "positions vocabulary"], following: Int[Tensor, " 
     enough = total[:, None] - mass <= tail if tail else torch.zeros_like(mass, dtype=torch.bool)
     counts = torch.where(enough.any(-1), enough.int().argmax(-1) + 1, likeliest.shape[1])
     chosen = torch.arange(likeliest.shape[1])[None] < counts[:, None]
-    kept = Kept(counts.int(), ids[chosen].int(), likeliest[chosen], torch.empty(0), _at(log_p, following), finite)
-    return Kept(kept.counts, kept.ids, kept.log_p, _log_rest(log_p, kept), kept.actual, finite)
+    kept = ids[chosen]
+    return Kept(counts.int(), kept.int(), likeliest[chosen], _log_rest(log_p, counts, kept), _at(log_p, following), finite)
 
 
 def difference(base: Kept, log_q: Float[Tensor, "positions vocabulary"], following: Int[Tensor, " positions"]) -> Difference:
     """Another model's distributions, known in full, beside a kept one's at the same positions."""
     finite = is_finite(log_q)
     log_q = _cleaned(log_q, finite)
-    rows = _rows(base)
+    rows = _rows(base.counts)
     log_p, log_other = base.log_p.double(), log_q[rows, base.ids.long()].double()
     # - p + q keeps every term at or above zero, and sums to nothing with that of the rest
     terms = log_p.exp() * (log_p - log_other) - log_p.exp() + log_other.exp()
     kl = torch.zeros(len(base.counts), dtype=torch.float64).index_add_(0, rows, terms)
-    rest_q, partly = _log_rest(log_q, base), base.rest > -torch.inf
+    rest_q, partly = _log_rest(log_q, base.counts, base.ids), base.rest > -torch.inf
     p, q = base.rest.exp(), rest_q.exp()
     lump = torch.where(partly, p * (base.rest - rest_q) - p + q, 0.0)
     last = base.log_p.double()[base.counts.long().cumsum(0) - 1]
@@ -109,16 +109,16 @@ def _cleaned(log_p: Tensor, finite: Tensor) -> Tensor:
     return torch.where(finite[:, None], log_p.float().clamp(min=FLOOR), even)
 
 
-def _rows(kept: Kept) -> Tensor:
-    return torch.repeat_interleave(torch.arange(len(kept.counts)), kept.counts.long())
+def _rows(counts: Tensor) -> Tensor:
+    return torch.repeat_interleave(torch.arange(len(counts)), counts.long())
 
 
 def _at(log_p: Tensor, following: Tensor) -> Tensor:
     return log_p.gather(1, following[:, None].long())[:, 0]
 
 
-def _log_rest(log_p: Tensor, kept: Kept) -> Tensor:
+def _log_rest(log_p: Tensor, counts: Tensor, ids: Tensor) -> Tensor:
     """Log of the probability of all tokens that were not kept, summed one by one: a difference of sums would lose a small rest."""
     rest = log_p.double().exp()
-    rest[_rows(kept), kept.ids.long()] = 0.0
-    return torch.where(kept.counts == log_p.shape[1], -torch.inf, rest.sum(-1).log())
+    rest[_rows(counts), ids.long()] = 0.0
+    return torch.where(counts == log_p.shape[1], -torch.inf, rest.sum(-1).log())
