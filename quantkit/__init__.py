@@ -2,8 +2,11 @@
 
 import quantkit
 result = quantkit.quantize("path/or/hub-id", recipe="awq-w4", output="out")
+found = quantkit.evaluate("out", baseline="path/or/hub-id", gate="default")
 """
 
+from importlib import import_module
+from types import ModuleType
 from typing import Any
 
 __version__ = "0.1.0"
@@ -16,15 +19,15 @@ def quantize(model: str | None = None, **options: Any) -> Any:
     return pipeline.quantize(model, **options)
 
 
-def calibrate(model: str | None = None, **options: Any) -> Any:
-    """See `quantkit.pipeline.calibrate`; imported when called."""
-    from quantkit import pipeline
+class _Command(ModuleType):
+    """A room that is a command by the same name: Python binds the room here as soon as anything in it is imported."""
 
-    return pipeline.calibrate(model, **options)
+    def __call__(self, *values: Any, **options: Any) -> Any:
+        """See the function of this name in `quantkit.pipeline`."""
+        from quantkit import pipeline
+
+        return getattr(pipeline, self.__name__.rpartition(".")[2])(*values, **options)
 
 
-def evaluate(artefact: str, **options: Any) -> Any:
-    """See `quantkit.pipeline.evaluate`; imported when called."""
-    from quantkit import pipeline
-
-    return pipeline.evaluate(artefact, **options)
+for _room in ("calibrate", "evaluate"):
+    import_module(f"quantkit.{_room}").__class__ = _Command

@@ -258,7 +258,7 @@ class Items(_Strict):
     choice: Annotated[int, Field(ge=0)] | None = None
     answer: Annotated[int, Field(ge=0)] | None = None
     call: Annotated[int, Field(ge=0)] | None = None
-    answer_tokens: Annotated[int, Field(ge=1, le=32768)] = 256  # generated at most
+    answer_tokens: Annotated[int, Field(ge=1, le=32768)] = 256  # generated at most, for an answer or a call
 
 
 class Harness(_Strict):

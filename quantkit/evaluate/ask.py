@@ -12,7 +12,7 @@ from quantkit.evaluate.answers import valid_calls
 from quantkit.evaluate.distributions import Difference, Kept, difference, keep
 from quantkit.evaluate.documents import Rows, Window, begins_with, encode, render
 from quantkit.evaluate.engines.engine import Engine
-from quantkit.evaluate.items import CALL_TOKENS, Item
+from quantkit.evaluate.items import Item
 from quantkit.types import Json
 
 POSITIONS = 256  # whose distributions are taken apart at a time
@@ -97,9 +97,9 @@ def ask_items(engine: Engine, questions: Questions, answer_tokens: int, tokenize
         values = [by_choice[choice] for choice in sorted(by_choice)]
         chosen = max(range(len(values)), key=values.__getitem__)
         found[number] |= {"chosen": chosen, "right": chosen == questions.items[number].correct, "scores": [round(v, 6) for v in values]}
-    for kind, most in (("answer", answer_tokens), ("call", CALL_TOKENS)):
+    for kind in ("answer", "call"):
         of_kind = [place for place, item in enumerate(questions.asked) if questions.items[item].kind == kind]
-        answers = engine.generate([questions.prompts[place] for place in of_kind], most)
+        answers = engine.generate([questions.prompts[place] for place in of_kind], answer_tokens)
         for place, ids in zip(of_kind, answers, strict=True):
             item = questions.items[questions.asked[place]]
             text = tokenizer.decode(ids, skip_special_tokens=False)

@@ -18,7 +18,6 @@ from quantkit.evaluate.documents import find_files, json_lines
 from quantkit.types import Json
 
 KINDS = ("choice", "answer", "call")
-CALL_TOKENS = 192  # generated at most for a tool call
 _ID = re.compile(r"[\w.-]+")
 _KEYS = {
     "choice": {"choices", "correct"},

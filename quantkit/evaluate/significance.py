@@ -94,20 +94,19 @@ def holm(p_values: Sequence[float]) -> list[float]:
 
 
 def block_bounds(
-    blocks: int, statistic: Callable[[np.ndarray], float], confidence: float = 0.95, draws: int = DRAWS, seed: int = 0
+    blocks: int, statistic: Callable[[np.ndarray], np.ndarray], confidence: float = 0.95, draws: int = DRAWS, seed: int = 0
 ) -> tuple[float, float]:
     """One-sided bounds of a statistic when whole blocks are drawn anew: tokens of one document are no independent witnesses.
 
     Args:
-        statistic: of how often each block was drawn, shape (blocks,).
+        statistic: of how often each block was drawn, (draws, blocks) -> (draws,).
 
     Returns:
         Lower and upper bound, each at `confidence`; (-inf, inf) of fewer than two blocks, which say nothing about their spread.
     """
     if blocks < 2:
         return -math.inf, math.inf
-    random = np.random.default_rng(seed)
-    found = np.array([statistic(random.multinomial(blocks, np.full(blocks, 1 / blocks))) for _ in range(draws)])
+    found = statistic(np.random.default_rng(seed).multinomial(blocks, np.full(blocks, 1 / blocks), size=draws))
     # few blocks vary less among themselves than the truth they stand for: percentiles further out, as Student's t lies further out
     outer = _NORMAL.cdf(math.sqrt(blocks / (blocks - 1)) * student(confidence, blocks - 1))
     low, high = np.quantile(found, [1 - outer, outer])
@@ -116,7 +115,7 @@ def block_bounds(
 
 def mean_bounds(sums: np.ndarray, counts: np.ndarray, confidence: float = 0.95, draws: int = DRAWS) -> tuple[float, float]:
     """Bounds of a mean over tokens or items, from each block's sum and count."""
-    return block_bounds(len(sums), lambda drawn: float(drawn @ sums / max(float(drawn @ counts), 1e-300)), confidence, draws)
+    return block_bounds(len(sums), lambda drawn: drawn @ sums / np.maximum(drawn @ counts, 1e-300), confidence, draws)
 
 
 def quantile_bounds(
@@ -126,9 +125,12 @@ def quantile_bounds(
     order = np.argsort(values)
     ordered, owner = values[order], block[order]
 
-    def statistic(drawn: np.ndarray) -> float:
+    def one(drawn: np.ndarray) -> float:
         weight = np.cumsum(drawn[owner])
         return float(ordered[min(int(np.searchsorted(weight, quantile * weight[-1])), len(ordered) - 1)]) if weight[-1] else 0.0
+
+    def statistic(drawn: np.ndarray) -> np.ndarray:
+        return np.array([one(row) for row in drawn])
 
     return block_bounds(int(block.max()) + 1, statistic, confidence, draws)
 

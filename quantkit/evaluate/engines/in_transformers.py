@@ -29,12 +29,12 @@ class Transformers(Engine):
         self.vocabulary = int(model.get_output_embeddings().weight.shape[0])
         self.about = {**versions("transformers", "torch", "compressed-tensors"), "threads": torch.get_num_threads(), **about}
 
-    @torch.no_grad()
     def log_probs(self, rows: Sequence[Row]) -> Iterator[tuple[int, Tensor]]:
         for batch in batches(rows, self.vocabulary):
             ids, _ = padded([rows[number] for number in batch])
             # causal: nothing sees the padding behind it, so rows need no mask, and models build none that they could get wrong
-            logits = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
+            with torch.no_grad():
+                logits = self.model(input_ids=ids.to(self.model.device), use_cache=False).logits
             for place, number in enumerate(batch):
                 yield number, logits[place, : len(rows[number])].float().log_softmax(-1).cpu()
 
