@@ -4,6 +4,7 @@ Distributions come through `prompt_logprobs`: whole where the vocabulary is smal
 the rest of probability spread evenly over the others (`whole` is False then, and a report says that KL is an estimate).
 """
 
+import json
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -18,6 +19,7 @@ from quantkit.evaluate.engines.engine import Engine, Row, cut, end_tokens, versi
 
 WHOLE = 32768  # tokens of a vocabulary that is asked for whole
 TOP = 1024
+CONTEXT = 8192  # tokens of a row at most: room for keys and values is set aside for one
 AT_ONCE = 16  # rows whose log-probabilities are Python objects at a time
 
 
@@ -70,15 +72,20 @@ def open_artefact(artefact: Path, like: Path, threads: int | None = None) -> Vll
     """
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")  # its engine in this process, which ends with us
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+    os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
     from vllm import LLM, SamplingParams
 
+    about = json.loads((artefact / "config.json").read_text(encoding="utf-8"))
+    room = min(int(about.get("text_config", about).get("max_position_embeddings", CONTEXT)), CONTEXT)
     try:
+        # prompts are text only: no room is kept for anything else
+        media = {"limit_mm_per_prompt": dict.fromkeys(("image", "audio", "video"), 0)} if "vision_config" in about else {}
         llm = LLM(
-            str(artefact), enforce_eager=True, max_logprobs=-1, seed=0, trust_remote_code=False, enable_prefix_caching=False,
-            limit_mm_per_prompt={"image": 0, "audio": 0, "video": 0},
+            str(artefact), enforce_eager=True, max_model_len=room, max_logprobs=-1, seed=0, trust_remote_code=False,
+            enable_prefix_caching=False, disable_log_stats=True, **media,
         )  # fmt: skip
         config = llm.llm_engine.model_config
     except Exception as problem:  # kernels that are missing, configs that it does not know
         raise EvaluationError(f"{artefact}: vLLM does not open it ({' '.join(str(problem).split())[:200]})") from None
-    about = {"precision": str(config.dtype).removeprefix("torch.")}
-    return Vllm(llm, SamplingParams, end_tokens(artefact) or end_tokens(like), int(config.get_vocab_size()), about)
+    settings = {"precision": str(config.dtype).removeprefix("torch.")}
+    return Vllm(llm, SamplingParams, end_tokens(artefact) or end_tokens(like), int(config.get_vocab_size()), settings)
