@@ -250,10 +250,10 @@ def evaluate(
     if junit and not gate:
         raise click.UsageError("--junit reports a gate's checks; give --gate too")
     with _one_line_errors():
+        _quiet()  # before anything brings its progress bars
         from quantkit import pipeline
         from quantkit.evaluate import outcome
 
-        _quiet()
         if threads:
             import torch
 
@@ -441,7 +441,7 @@ def _duration(seconds: float) -> str:
 def _quiet() -> None:
     """Libraries' warnings would stand beside our one line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of libraries
+    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars
     import transformers
 
     transformers.utils.logging.set_verbosity_error()

@@ -48,7 +48,7 @@ class Gguf:
     def __getitem__(self, name: str) -> Tensor:
         tensor = self.tensors[name]
         # shapes are written innermost first; a decoded tensor has them as numpy does
-        return torch.from_numpy(np.ascontiguousarray(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
+        return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
 
     def weight(self, parameter: str) -> tuple[str, Tensor] | None:
         """(its name in the file, its value as transformers holds it); None where the file has no such tensor."""
