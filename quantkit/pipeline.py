@@ -30,8 +30,7 @@ from quantkit.calibrate.samples import choose
 from quantkit.calibrate.sources import read_samples
 from quantkit.calibrate.statistics import save_statistics
 from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, StoreError, WriteError
-from quantkit.evaluate.engines import find_artefact
-from quantkit.evaluate.session import Evaluation
+from quantkit.evaluate.session import Evaluation, made_from
 from quantkit.evaluate.session import evaluate as judge
 from quantkit.model.adapter import Adapted
 from quantkit.model.blocks import Skeleton, Stream, published_entries, text_defaults
@@ -40,7 +39,6 @@ from quantkit.model.hub import find_folder, is_folder, remote_headers
 from quantkit.model.memory import Memory, give_back_memory, left_for_activations
 from quantkit.plan import make_plan, text_config
 from quantkit.publish.card import write_card
-from quantkit.publish.manifest import NAME as MANIFEST
 from quantkit.publish.manifest import write_manifest
 from quantkit.recipe import Calibration, Recipe
 from quantkit.report import Clock, Listener, silent
@@ -420,7 +418,7 @@ def evaluate(
     chosen, judged = recipes.load_suite(suite), recipes.load_gate(gate) if gate else None
     place = Path(artefact)
     if baseline is None:
-        if not _made_from_reference(place):
+        if not made_from(place, recipes.reference_model()):
             raise EvaluationError(f"{artefact}: was not made from the embedded reference model; name its original with --baseline")
         baseline = recipes.reference_model()
     stored = None
@@ -441,16 +439,6 @@ def evaluate(
         cache=Path(cache) if cache is not None else None,
         tell=tell,
     )
-
-
-def _made_from_reference(artefact: Path) -> bool:
-    """Whether an artefact's manifest says that its weights are the embedded model's."""
-    folder = find_artefact(artefact)
-    manifest = (folder if folder.is_dir() else folder.parent) / MANIFEST
-    if not manifest.is_file():
-        return False
-    weights = "model.safetensors"
-    return bool(read_json(manifest).get("inputs", {}).get(weights) == file_digest(recipes.reference_model() / weights))
 
 
 def _heldout(recipe: Recipe, tokenizer: Any) -> list[Batch]:

@@ -18,7 +18,7 @@ FLOORS = (
     {"run"},
     {"plan", "calibrate", "solve", "write", "evaluate", "publish"},  # stages: strangers to one another
     {"recipe", "families", "model", "grid", "store", "report", "hf"},  # shelves: strangers to one another too
-    {"types", "errors"},  # nouns
+    {"types", "errors", "suites"},  # nouns
 )
 SHELVES = FLOORS[-2]
 SEES = {  # of the shelves; cli, pipeline and run see all of them
@@ -32,7 +32,7 @@ SEES = {  # of the shelves; cli, pipeline and run see all of them
 EVERYWHERE = {"torch", "numpy", "safetensors", "jaxtyping"}
 ONLY = {  # every other library has its rooms
     "yaml": {"recipe"},
-    "pydantic": {"recipe"},
+    "pydantic": {"recipe", "suites"},
     "click": {"cli"},
     "rich": {"cli"},
     "transformers": {"model", "calibrate", "evaluate", "hf", "cli"},  # cli: to keep it quiet
@@ -54,6 +54,7 @@ NOT_EVEN = {  # of what all others may use
     "families": EVERYWHERE,  # tables are plain data
     "recipe": EVERYWHERE,
     "errors": EVERYWHERE,
+    "suites": EVERYWHERE,
     "solve": {"safetensors", "pathlib", "json", "os"},  # tensors in, tensors out
     "grid": {"safetensors", "pathlib", "json", "os"},
 }

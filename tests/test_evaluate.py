@@ -11,12 +11,13 @@ from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 import quantkit
-from quantkit import pipeline
 from quantkit.cli import main
 from quantkit.errors import EvaluationError
 from quantkit.evaluate import engines, session
 from quantkit.evaluate.engines.engine import Engine, batches, cut, end_tokens, padded
-from quantkit.recipe import Suite, load_gate, load_suite, reference_model
+from quantkit.model.checkpoint import file_digest
+from quantkit.recipe import load_gate, load_suite, reference_model
+from quantkit.suites import Suite
 
 REFERENCE = reference_model()
 ITEMS = [
@@ -323,7 +324,7 @@ def test_an_artefact_of_the_embedded_model_knows_its_baseline(two_bits, tmp_path
     """The manifest says what it was made from; another's weights need a name."""
     folder = tmp_path / "mine"
     shutil.copytree(two_bits, folder)
-    digest = pipeline.file_digest(REFERENCE / "model.safetensors")
+    digest = file_digest(REFERENCE / "model.safetensors")
     (folder / "quantkit.json").write_text(json.dumps({"inputs": {"model.safetensors": digest}}))
     found = quantkit.evaluate(str(folder), suite="divergence", limit=2, cache=cache)
     assert found.verdict is None

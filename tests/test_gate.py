@@ -10,7 +10,8 @@ from quantkit.errors import EvaluationError
 from quantkit.evaluate import gate, judge
 from quantkit.evaluate.gate import FAIL, INCONCLUSIVE, PASS, Check, Pairs
 from quantkit.evaluate.metrics import Tokens
-from quantkit.recipe import Gate, Suite, load_benchmarks, load_gate, load_suite, shipped_evaluations
+from quantkit.recipe import load_benchmarks, load_gate, load_suite, shipped_evaluations
+from quantkit.suites import Gate, Suite
 
 
 def tokens(kl: float, documents: int = 20, spread: float = 0.2, finite: bool = True) -> Tokens:

@@ -13,7 +13,8 @@ from quantkit.errors import EvaluationError  # noqa: E402
 from quantkit.evaluate import harness, session  # noqa: E402
 from quantkit.evaluate.documents import Document, load_tokenizer, make_rows  # noqa: E402
 from quantkit.evaluate.engines import open_engine  # noqa: E402
-from quantkit.recipe import Harness, Suite, load_benchmarks, load_gate, reference_model  # noqa: E402
+from quantkit.recipe import load_benchmarks, load_gate, reference_model  # noqa: E402
+from quantkit.suites import Harness, Suite  # noqa: E402
 
 TEXT = Path(__file__).read_text()  # some 3,000 tokens
 WINDOW = 256

@@ -84,8 +84,14 @@ def save_results(path: Path, results: Json) -> None:
 
 
 def load_results(path: Path) -> Json | None:
+    found = load_json(path)
+    return found if found is not None and found.get("layout") == LAYOUT else None
+
+
+def load_json(path: Path) -> Json | None:
+    """An object; None where there is no such file, or not a whole one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
-    return found if isinstance(found, dict) and found.get("layout") == LAYOUT else None
+    return found if isinstance(found, dict) else None

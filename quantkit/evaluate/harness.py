@@ -14,7 +14,7 @@ import torch
 from quantkit.errors import EvaluationError
 from quantkit.evaluate.documents import begins_with, split
 from quantkit.evaluate.engines.engine import Engine
-from quantkit.recipe import Harness
+from quantkit.suites import Harness
 from quantkit.types import Json
 
 try:

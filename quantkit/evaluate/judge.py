@@ -8,7 +8,7 @@ from quantkit.errors import EvaluationError
 from quantkit.evaluate.gate import Check, Pairs, alarms, at_least, at_most, budget_alarms, few_flips, none_of, not_inferior
 from quantkit.evaluate.metrics import Tokens
 from quantkit.evaluate.significance import mean_bounds, quantile_bounds
-from quantkit.recipe import Gate
+from quantkit.suites import Gate
 from quantkit.types import Json
 
 WORSE_THAN_STORED = 0.1  # of a stored run's mean KL: what a new run may be more

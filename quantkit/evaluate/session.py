@@ -26,8 +26,9 @@ from quantkit.evaluate.gate import EXIT_CODES, verdict_of
 from quantkit.evaluate.items import Item, read_items
 from quantkit.evaluate.judge import beside_stored, of_items, of_tokens, pairs_by, stored_run
 from quantkit.evaluate.metrics import Tokens
-from quantkit.recipe import Gate, Items, Suite, heldout_files, items_folder, load_benchmarks
+from quantkit.recipe import heldout_files, items_folder, load_benchmarks
 from quantkit.report import Clock, Listener, silent
+from quantkit.suites import Gate, Items, Suite
 from quantkit.types import Json
 
 
@@ -68,6 +69,17 @@ class Answers:
     about: Json
     noise: Json
     cached: bool
+
+
+def made_from(artefact: Path, original: Path) -> bool:
+    """Whether an artefact's manifest says that its weights are those of a folder.
+
+    Raises:
+        EvaluationError: there is no artefact.
+    """
+    place, weights = find_artefact(artefact), "model.safetensors"
+    manifest = stores.load_json((place if place.is_dir() else place.parent) / "quantkit.json") or {}
+    return bool(manifest.get("inputs", {}).get(weights) == f"sha256:{stores.file_digest(original / weights)}")
 
 
 def evaluate(
