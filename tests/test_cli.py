@@ -7,7 +7,6 @@ import re
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -74,13 +73,11 @@ def test_help_is_light_and_lists_the_commands():
     assert {"quantize", "plan", "recipes", "families"} <= set(main.commands)
 
 
-def test_help_takes_less_than_half_a_second():
-    def seconds() -> float:
-        began = time.perf_counter()
-        subprocess.run([sys.executable, "-m", "quantkit", "--help"], capture_output=True, env=ENVIRONMENT, check=True)
-        return time.perf_counter() - began
-
-    assert min(seconds() for _ in range(5)) < 0.5, "the best of five: other processes are no fault of ours"
+def test_help_loads_little():
+    """What makes --help quick, without a clock: nothing of ours but the command line, and of libraries click alone."""
+    modules, _ = imported_by("--help")
+    assert not modules & HEAVY
+    assert not modules & {"numpy", "pydantic", "rich", "jinja2", "yaml", "huggingface_hub", "safetensors"}
 
 
 @pytest.mark.parametrize("arguments", [("quantize", "--help"), ("recipes",), ("families",), ("--version",)])
