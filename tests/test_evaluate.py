@@ -16,7 +16,7 @@ from quantkit.errors import EvaluationError
 from quantkit.evaluate import engines, session
 from quantkit.evaluate.engines.engine import Engine, batches, cut, end_tokens, padded
 from quantkit.model.checkpoint import file_digest
-from quantkit.recipe import load_gate, load_suite, reference_model
+from quantkit.recipe import load_gate, load_suite, reference_model, shipped
 from quantkit.suites import Suite
 
 REFERENCE = reference_model()
@@ -197,6 +197,17 @@ def test_perplexity_is_the_plain_definition(two_bits, tmp_path):
     assert found["tokens"] == count
     assert found["perplexity"] == pytest.approx(torch.tensor(losses / count).exp().item(), rel=1e-4)
     assert found["bits_per_byte"] == pytest.approx(losses / 0.6931472 / len((text + text[:30]).encode()), rel=1e-4)
+
+
+@pytest.mark.parametrize("path", sorted(shipped("eval").glob("baselines/*.json")), ids=lambda path: path.stem)
+def test_stored_runs_are_of_what_is_shipped(path):
+    """A stored run that asks for other documents than its suite's could be compared with nothing."""
+    stored = json.loads(path.read_text())
+    asked = session._asked(load_suite(stored["suite"]), session.load_tokenizer(REFERENCE), None)
+    assert {d.id: n for d, n in zip(asked.rows.documents, asked.rows.tokens, strict=True)} == {
+        name: row["tokens"] for name, row in stored["documents"].items()
+    }
+    assert path.stat().st_size < 20_000
 
 
 # --- What an artefact is, and which engine opens it --------------------------------------------------------------------------------
