@@ -249,7 +249,7 @@ def evaluate(
     """
     if junit and not gate:
         raise click.UsageError("--junit reports a gate's checks; give --gate too")
-    with _one_line_errors():
+    with _one_line_errors("a baseline that was answered is kept"):
         _quiet()  # before anything brings its progress bars
         from quantkit import pipeline
         from quantkit.evaluate import outcome
@@ -418,7 +418,7 @@ def _progress() -> "Iterator[Listener]":
 
 
 @contextmanager
-def _one_line_errors() -> Iterator[None]:
+def _one_line_errors(interrupted: str = "the same command goes on behind the last solved block") -> Iterator[None]:
     try:
         yield
     except QuantkitError as error:
@@ -430,7 +430,7 @@ def _one_line_errors() -> Iterator[None]:
         click.echo(f"quantkit: {error.filename or 'system'}: {error.strerror or error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        click.echo("quantkit: interrupted; the same command goes on behind the last solved block", err=True)
+        click.echo(f"quantkit: interrupted; {interrupted}", err=True)
         sys.exit(130)
 
 

@@ -50,8 +50,8 @@ class Gguf:
         # shapes are written innermost first; a decoded tensor has them as numpy does
         return torch.from_numpy(np.array(gguf.dequantize(tensor.data, tensor.tensor_type), dtype=np.float32))
 
-    def weight(self, parameter: str) -> tuple[str, Tensor] | None:
-        """(its name in the file, its value as transformers holds it); None where the file has no such tensor."""
+    def weight(self, parameter: str) -> tuple[list[str], Tensor] | None:
+        """(its names in the file, its value as transformers holds it); None where the file has no such tensor."""
         plain = parameter.replace("model.language_model.", "model.")
         layer, _, local = plain.removeprefix("model.layers.").partition(".")
         experts = local.rpartition("experts.")[2] if "experts." in local else ""
@@ -60,7 +60,7 @@ class Gguf:
             names = [f"blk.{layer}.{name}.weight" for name in ((whole,) if f"blk.{layer}.{whole}.weight" in self.tensors else parts)]
             if not names or not all(name in self.tensors for name in names):
                 return None
-            return names[0], torch.cat([self[name] for name in names], 1)
+            return names, torch.cat([self[name] for name in names], 1)
         name = f"blk.{layer}.{ROUTER[local]}" if local in ROUTER else self._name(plain)
         if name not in self.tensors:
             return None
@@ -70,7 +70,7 @@ class Gguf:
         if self.architecture in INTERLEAVED and name.endswith((".attn_q.weight", ".attn_k.weight")):
             heads = self.fields[f"llama.attention.head_count{'_kv' if '.attn_k.' in name else ''}"]
             value = value.reshape(int(heads), -1, 2, *value.shape[1:]).transpose(1, 2).reshape(value.shape)
-        return name, value
+        return [name], value
 
     def _name(self, parameter: str) -> str:
         stem, dot, suffix = parameter.rpartition(".") if parameter.endswith((".weight", ".bias")) else (parameter, "", "")
@@ -89,13 +89,13 @@ def fill(model: Any, file: Gguf) -> None:
         found = file.weight(name)
         if found is None:
             raise EvaluationError(f"the GGUF holds no tensor for {name}; `dequantized` does not know this layout, use llama.cpp")
-        source, value = found
-        if source == "token_embd.weight" and value.shape[0] < parameter.shape[0]:  # cut to the real vocabulary
+        sources, value = found
+        if sources == ["token_embd.weight"] and value.shape[0] < parameter.shape[0]:  # cut to the real vocabulary
             value = torch.cat([value, parameter.data[value.shape[0] :].float()])
         if value.numel() != parameter.numel() or value.shape[-1:] != parameter.shape[-1:]:
-            raise EvaluationError(f"{source} is {tuple(value.shape)} in the GGUF, {name} is {tuple(parameter.shape)}")
+            raise EvaluationError(f"{sources[0]} is {tuple(value.shape)} in the GGUF, {name} is {tuple(parameter.shape)}")
         parameter.data.copy_(value.reshape(parameter.shape))
-        taken.add(source)
+        taken |= set(sources)
     left = sorted(
         name for name, tensor in file.tensors.items()
         if name not in taken and len(tensor.shape) > 1 and not any(t.startswith(name.rpartition(".")[0]) for t in taken)
