@@ -8,7 +8,8 @@ QuantkitError            exit 1, one line: what, where, what to do
 ├── CalibrationError     the calibration set: empty, unreadable, or an expert or linear that it never reached
 ├── StoreError           the output folder holds another run, or this run's blocks are damaged
 ├── WriteError           an artefact cannot be written as asked for
-└── EvaluationError      artefact and baseline cannot be compared: another tokenizer, an empty suite, an engine that is missing or errs
+├── EvaluationError      artefact and baseline cannot be compared: another tokenizer, an empty suite, an engine that is missing or errs
+└── PublishError         a card, a report page or an upload cannot be made of this folder
 """
 
 
@@ -48,3 +49,7 @@ class WriteError(QuantkitError):
 
 class EvaluationError(QuantkitError):
     """An artefact and its baseline cannot be compared, so there is no verdict."""
+
+
+class PublishError(QuantkitError):
+    """A card, a report page or an upload cannot be made of this folder."""

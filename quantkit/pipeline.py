@@ -32,30 +32,28 @@ from quantkit.calibrate.statistics import save_statistics
 from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, StoreError, WriteError
 from quantkit.evaluate.session import Evaluation, made_from
 from quantkit.evaluate.session import evaluate as judge
+from quantkit.formats import FORMATS, Writer, other_sizes, told, writer_of
 from quantkit.model.adapter import Adapted
-from quantkit.model.blocks import Skeleton, Stream, published_entries, text_defaults
+from quantkit.model.blocks import Skeleton, Stream, published_entries
 from quantkit.model.checkpoint import Checkpoint, TensorSource, file_digest, read_json
-from quantkit.model.hub import find_folder, is_folder, remote_headers
+from quantkit.model.hub import card_of, find_folder, is_folder, remote_headers
 from quantkit.model.memory import Memory, give_back_memory, left_for_activations
 from quantkit.plan import make_plan, text_config
 from quantkit.publish.card import write_card
-from quantkit.publish.manifest import write_manifest
+from quantkit.publish.manifest import listed, write_manifest
 from quantkit.recipe import Calibration, Recipe
 from quantkit.report import Clock, Listener, silent
 from quantkit.run import Run
 from quantkit.store import Store
 from quantkit.target import extremes, pick
-from quantkit.types import Batch, Json, Plan, Statistics
-from quantkit.write import gguf, onnx
-from quantkit.write.compressed_tensors import FORMAT, PASSED_ON, CompressedTensors
+from quantkit.types import Batch, Entry, Json, Plan, Statistics
+from quantkit.write.compressed_tensors import PASSED_ON
 from quantkit.write.gguf.artefact import GgufFile
 from quantkit.write.gguf.metadata import family_table
 from quantkit.write.onnx.artefact import OnnxFolder
 
 SOLVED = "solved"
-FOLDERS = (SOLVED, FORMAT, gguf.FORMAT, onnx.FORMAT)
-OURS = (*FOLDERS, "run.json")  # what a run leaves in its folder
-Writer = CompressedTensors | GgufFile | OnnxFolder
+OURS = (SOLVED, *FORMATS, "run.json", "report.html", "report")  # what a run leaves in its folder
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,6 +114,18 @@ def plan(
     A GGUF carries its tokenizer: where that is not at hand (a config alone, the Hub's headers), its bytes are told without it. With a
     target the schemes are picked by what calibration shows: told are the recipe's own, and the bytes of the smallest and largest choices.
     """
+    return plan_and_others(model, recipe, adapter, formats, target_size, target_bits)[:2]
+
+
+def plan_and_others(
+    model: str | None,
+    recipe: str = "awq-w4",
+    adapter: str | None = None,
+    formats: Sequence[str] = (),
+    target_size: int | None = None,
+    target_bits: float | None = None,
+) -> tuple[Plan, Json, Json]:
+    """As `plan`, and what the same recipe would give in the formats that it does not ask for (`report.sizes_report`)."""
     chosen = load_recipe(recipe, None, formats, target_size, target_bits)
     folder = None
     if model is not None and Path(model).is_file():
@@ -123,45 +133,22 @@ def plan(
             raise CheckpointError(f"{model}: a config alone cannot take an adapter; give the model's folder")
         config = read_json(Path(model))
         families.find(config)  # an unknown architecture is better named by us than by a class that cannot be found
-        entries = published_entries(config)
-        made = make_plan(chosen, config, entries)
+        entries: Mapping[str, Entry] = published_entries(config)
     elif model is not None and adapter is None and not is_folder(model):
         config, entries = remote_headers(model)
-        made = make_plan(chosen, config, entries)
     else:
         checkpoint = open_checkpoint(model, adapter)
-        config, folder = checkpoint.config, checkpoint.folder
-        entries = dict(checkpoint.entries)
-        made = make_plan(chosen, config, entries)
+        config, entries, folder = checkpoint.config, checkpoint.entries, checkpoint.folder
+    made = make_plan(chosen, config, entries)
     plans = {"": made}
     if chosen.has_target:
         plans = {f", {end} choices": make_plan(chosen, config, entries, chosen=ends) for end, ends in extremes(chosen, made).items()}
     sizes: dict[str, int] = {}
     for name in chosen.formats:
-        told = name if name != gguf.FORMAT or folder else f"{name} without its tokenizer"
-        sizes |= {told + which: _writer(name, chosen, one, _name(model), config, folder).bytes for which, one in plans.items()}
-    return made, sizes
-
-
-def _writer(
-    name: str,
-    recipe: Recipe,
-    plan: Plan,
-    model: str,
-    config: Json,
-    tokenizer: Path | None,
-    checkpoint: TensorSource | None = None,
-    store: Store | None = None,
-    out: Path | None = None,
-) -> Writer:
-    """The writer of one format; without checkpoint, store and folder it only knows sizes."""
-    folder = out / name if out else None
-    if name == FORMAT:
-        return CompressedTensors(plan, recipe.experts_layout, checkpoint, store, folder)
-    if name == onnx.FORMAT:
-        return OnnxFolder(plan, config, recipe.onnx.accuracy_level, recipe.onnx.embeddings, checkpoint, store, folder)
-    types, pre = recipe.gguf.types, recipe.gguf.pre_tokenizer
-    return GgufFile(plan, text_defaults(config), model, types, pre, tokenizer, checkpoint, store, folder)
+        sizes |= {
+            told(name, folder) + which: writer_of(name, chosen, one, _name(model), config, folder).bytes for which, one in plans.items()
+        }
+    return made, sizes, other_sizes(chosen, made, _name(model), config, folder)
 
 
 def calibrate(
@@ -297,7 +284,7 @@ def quantize(
         inputs = repr([sorted(hashes.items()), report.versions()])
         plan = make_plan(chosen, checkpoint.config, checkpoint.entries, inputs)
         for wanted in chosen.formats:  # what a format cannot express is refused before anything runs
-            _writer(wanted, chosen, plan, name, checkpoint.config, checkpoint.folder)
+            writer_of(wanted, chosen, plan, name, checkpoint.config, checkpoint.folder)
         clock.blocks = len(plan.blocks)
     with clock.phase("tokenizing"):
         tokenizer = load_tokenizer(checkpoint.folder)
@@ -328,11 +315,11 @@ def quantize(
             return replace(make_plan(chosen, checkpoint.config, checkpoint.entries, inputs, schemes), fingerprint=fingerprint)
 
         def size_of(plan: Plan) -> int:
-            return _writer(first, chosen, plan, name, checkpoint.config, checkpoint.folder).bytes
+            return writer_of(first, chosen, plan, name, checkpoint.config, checkpoint.folder).bytes
 
         plan, target = pick(chosen, plan, remade, size_of, skeleton, batches, store.folder / "target.json", clock)
     writers: dict[str, Writer] = {
-        wanted: _writer(wanted, chosen, plan, name, checkpoint.config, checkpoint.folder, checkpoint, store, out)
+        wanted: writer_of(wanted, chosen, plan, name, checkpoint.config, checkpoint.folder, checkpoint, store, out)
         for wanted in chosen.formats
     }
     with clock.phase("building the skeleton"):
@@ -354,12 +341,15 @@ def quantize(
     about = {
         "model": name,
         "base_model": model.partition("@")[0] if model is not None and not Path(model).exists() else None,
+        "date": report.today(),
         "recipe": chosen.model_dump(mode="json"),
         "family": plan.family,
         "model_type": plan.model_type,
         "parameters": report.parameters(plan),
         "bytes": sizes,
         "bits_per_weight": {name: report.bits_per_weight(size, plan) for name, size in sizes.items()},
+        "sizes": {**report.sizes_report(sizes, plan), **other_sizes(chosen, plan, name, checkpoint.config, checkpoint.folder)},
+        "kept": report.kept_report(plan),
         "calibration": fed,
         "coverage": coverage_report(run.coverage, cells_of([*batches, *reserve]), settings.expert_tokens, chosen.search.expert_floor),
         "heldout": scores,
@@ -369,17 +359,21 @@ def quantize(
         "summary": report.summary(reports, chosen.search.expert_floor),
         "adapter": asdict(checkpoint.adapter) if isinstance(checkpoint, Adapted) else None,
         "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
+        "memory": clock.memory,
         "peak_memory": report.peak_memory(),
         "spilled": memory.spilled,
         "threads": torch.get_num_threads(),
         "versions": report.versions(),
         "inputs": hashes,
         "samples": manifest(drawn.rows),
+        "base_card": card_of(checkpoint.folder),
+        "adapter_card": card_of(Path(adapter)) if adapter else None,
         "blocks": reports,
     }
     for made in writers:
-        write_card(out / made, about, made)
-        write_manifest(out / made, about, made)
+        files = listed(out / made)
+        write_card(out / made, about, made, files)
+        write_manifest(out / made, about, made, files)
     report.write_json(out / "run.json", about)
     return Result(out, {made: out / made for made in writers}, sizes, about)
 
@@ -490,6 +484,7 @@ def _clear(out: Path) -> None:
         raise StoreError(f"{out}: not a run of quantkit; --fresh deletes only those; give another --output")
     if foreign := [path.name for path in out.iterdir() if path.name not in OURS and not path.name.endswith(".part")]:
         raise StoreError(f"{out}: holds {foreign[0]!r}, which is not of a run; --fresh deletes nothing beside it; move it away")
-    for name in FOLDERS:
+    for name in OURS:
         shutil.rmtree(out / name, ignore_errors=True)
-    (out / "run.json").unlink(missing_ok=True)
+        if not (out / name).is_dir():
+            (out / name).unlink(missing_ok=True)

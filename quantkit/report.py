@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -47,6 +48,7 @@ class Clock:
     blocks: int = 0
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
+    memory: dict[str, int] = field(default_factory=dict)  # the peak so far at each phase's end, bytes
     _block_seconds: list[float] = field(default_factory=list)
 
     @contextmanager
@@ -60,6 +62,7 @@ class Clock:
             yield
         finally:
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            self.memory[name] = peak_memory()
 
     @contextmanager
     def block(self, counts: bool) -> Iterator[None]:
@@ -163,6 +166,43 @@ def plan_report(plan: Plan, sizes: Json) -> Json:
     }
 
 
+def gigabytes(count: int) -> str:
+    """A size as people compare them: decimal GB, megabytes where that would be nothing."""
+    return f"{count / 1e9:.2f} GB" if count >= 1e8 else f"{count / 1e6:.2f} MB"
+
+
+def sizes_report(sizes: Json, plan: Plan) -> Json:
+    """Format -> its bytes and bits per weight, or why it refuses (a text in place of a number)."""
+    return {
+        name: {"refused": size} if isinstance(size, str) else {"bytes": size, "bits_per_weight": bits_per_weight(size, plan)}
+        for name, size in sizes.items()
+    }
+
+
+def other_lines(sizes: Json, chosen: Iterable[str]) -> Iterator[str]:
+    """What the same recipe gives in the formats that were not written, for people."""
+    for name, row in sizes.items():
+        if name not in chosen:
+            told = row.get("refused") or f"{gigabytes(row['bytes'])} ({row['bytes']:,} bytes), {row['bits_per_weight']:.3f} bits per weight"
+            yield f"the same recipe as {name}: {told}"
+
+
+def today() -> str:
+    """The day, in UTC: SOURCE_DATE_EPOCH's where a build is to come out the same."""
+    seconds = os.environ.get("SOURCE_DATE_EPOCH", "")
+    return datetime.fromtimestamp(int(seconds) if seconds.isdigit() else time.time(), UTC).date().isoformat()
+
+
+def kept_report(plan: Plan) -> Json:
+    """Linears that a family's table would quantize and this plan keeps: kind -> how many, and why."""
+    kept: Json = {}
+    for linear in plan.linears():
+        if linear.scheme is None:
+            row = kept.setdefault(re.sub(r"\b\d+\b", "*", linear.local), {"linears": 0, "why": linear.why})
+            row["linears"] += 1
+    return kept
+
+
 def plan_lines(plan: Plan, sizes: Json) -> Iterator[str]:
     """A plan for people: equal fates of equal tensors in one line, blocks counted."""
     rows: dict[tuple[str, str, str], list[int]] = {}
@@ -183,7 +223,7 @@ def plan_lines(plan: Plan, sizes: Json) -> Iterator[str]:
         yield f"  {pattern:60} kept, {len(names)} tensors, {size:,} bytes"
     for name, size in sizes.items():
         bits = size * 8 / parameters(plan)
-        yield f"{name}: {size:,} bytes = {size / 1e9:.2f} GB = {size / 2**30:.2f} GiB, {bits:.3f} bits per weight"
+        yield f"{name}: {size:,} bytes = {gigabytes(size)} = {size / 2**30:.2f} GiB, {bits:.3f} bits per weight"
 
 
 def calibration_lines(about: Json) -> Iterator[str]:

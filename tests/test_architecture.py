@@ -13,9 +13,10 @@ PACKAGE = Path(__file__).parents[1] / "quantkit"
 # A room may import every floor below its own, and nothing beside or above it.
 FLOORS = (
     {"cli"},
+    {"release"},  # what becomes of a run that is done
     {"pipeline"},
     {"target"},
-    {"run"},
+    {"run", "formats"},
     {"plan", "calibrate", "solve", "write", "evaluate", "publish"},  # stages: strangers to one another
     {"recipe", "families", "model", "grid", "store", "report", "hf"},  # shelves: strangers to one another too
     {"types", "errors", "suites"},  # nouns
@@ -31,19 +32,21 @@ SEES = {  # of the shelves; cli, pipeline and run see all of them
 }
 EVERYWHERE = {"torch", "numpy", "safetensors", "jaxtyping"}
 ONLY = {  # every other library has its rooms
-    "yaml": {"recipe"},
+    "yaml": {"recipe", "publish"},  # publish: the front matter of model cards, under rules of its own
     "pydantic": {"recipe", "suites"},
     "click": {"cli"},
     "rich": {"cli"},
     "transformers": {"model", "calibrate", "evaluate", "hf", "cli"},  # cli: to keep it quiet
-    "huggingface_hub": {"model"},
+    "huggingface_hub": {"model", "publish"},  # down here, up there
     "jinja2": {"publish"},
-    "compressed_tensors": {"hf"},
+    "matplotlib": {"publish"},
+    "markdown_it": {"publish"},  # to tell a card's text from its code
+    "compressed_tensors": {"hf", "publish"},  # publish: verify decodes as engines do, not as we wrote
     "datasets": {"calibrate"},
     "pyarrow": {"calibrate"},
     "onnx_ir": {"write"},
     "onnxscript": {"write"},
-    "gguf": {"write", "evaluate"},
+    "gguf": {"write", "evaluate", "publish"},  # publish: verify reads what write wrote
     "lm_eval": {"evaluate"},
     "vllm": {"evaluate"},
     "llama_cpp": {"evaluate"},
@@ -58,7 +61,13 @@ NOT_EVEN = {  # of what all others may use
     "solve": {"safetensors", "pathlib", "json", "os"},  # tensors in, tensors out
     "grid": {"safetensors", "pathlib", "json", "os"},
 }
-HELP_LOADS = ("quantkit", "quantkit.cli", "quantkit.__main__")  # when imported: no library but click
+HELP_LOADS = (
+    "quantkit",
+    "quantkit.cli",
+    "quantkit.cli.common",
+    "quantkit.cli.release",
+    "quantkit.__main__",
+)  # when imported: no library but click
 LONGEST = 500
 
 FLOOR = {room: height for height, rooms in enumerate(FLOORS) for room in rooms}

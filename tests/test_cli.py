@@ -150,6 +150,8 @@ def test_plan_of_a_config_alone(model, tmp_path):
     (tmp_path / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
     alone, whole = (json.loads(good("plan", where, "--json")) for where in (str(tmp_path / "config.json"), model))
     assert alone.pop("kept").sort() == whole.pop("kept").sort()
+    assert alone.pop("other_formats").keys() == {"gguf without its tokenizer"}
+    assert whole.pop("other_formats")["gguf"]["bytes"] > 0
     assert alone == whole
 
 
@@ -193,8 +195,10 @@ def test_quantize_tells_what_it_made(model, recipe, tmp_path):
     report = json.loads((tmp_path / "run.json").read_text())
     folder = tmp_path / "compressed-tensors"
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    first, scores, errors, experts, *_, last = text.splitlines()
-    assert first == f"compressed-tensors: {folder}  {size:,} bytes, {report['bits_per_weight']['compressed-tensors']:.3f} bits per weight"
+    first, other, scores, errors, experts, *_, last = text.splitlines()
+    bits = report["bits_per_weight"]["compressed-tensors"]
+    assert first == f"compressed-tensors: {folder}  {size:,} bytes = {size / 1e6:.2f} MB, {bits:.3f} bits per weight"
+    assert other == f"the same recipe as gguf: {report['sizes']['gguf']['bytes'] / 1e6:.2f} MB" + other.partition(" MB")[2]
     assert f"KL to the original {report['heldout']['kl']:.5f}, perplexity {report['heldout']['perplexity']:.4f}" in scores
     assert f"{report['heldout']['tokens']:,} tokens" in scores
     assert f"{report['summary']['mean_error']:.3e}" in errors
@@ -208,6 +212,7 @@ def test_quantize_as_json(model, recipe, tmp_path):
     report = json.loads((tmp_path / "run.json").read_text())
     assert report.pop("blocks")
     assert report.pop("samples")
+    assert (report.pop("base_card"), report.pop("adapter_card")) == (None, None)
     assert made.pop("output") == str(tmp_path)
     assert made.pop("artefacts") == {"compressed-tensors": str(tmp_path / "compressed-tensors")}
     assert made == report
@@ -244,8 +249,12 @@ def hub(model, tmp_path, monkeypatch) -> str:
 
 
 def test_a_hub_id_in_the_cache_is_planned_while_offline(hub, model):
-    assert good("plan", hub, "--json") == good("plan", model, "--json")
-    assert good("quantize", hub, "--dry-run") == good("plan", model)
+    there, here = (json.loads(good("plan", where, "--json")) for where in (hub, model))
+    assert there.pop("other_formats").keys() == {"gguf without its tokenizer"}
+    assert here.pop("other_formats").keys() == {"gguf"}
+    assert there == here
+    lines = [good(*words).splitlines() for words in (("quantize", hub, "--dry-run"), ("plan", model))]
+    assert lines[0][:-1] == lines[1][:-1], "all but the last, what the same recipe gives as a GGUF"
 
 
 @pytest.mark.parametrize("revision", ["", "@main"])
@@ -253,7 +262,7 @@ def test_a_hub_id_in_the_cache_is_quantized_while_offline(revision, hub, recipe,
     made = json.loads(good("quantize", hub + revision, "--recipe", recipe, "--output", str(tmp_path / "out"), "--json"))
     assert made["model"] == "tiny-model"
     assert made["base_model"] == hub, "the Hub knows no owner/name@revision"
-    assert f'base_model: "{hub}"\n' in (tmp_path / "out" / "compressed-tensors" / "README.md").read_text()
+    assert f"base_model: {hub}\n" in (tmp_path / "out" / "compressed-tensors" / "README.md").read_text()
 
 
 def in_a_process(model: str, recipe: str, out: Path, stderr: int) -> subprocess.CompletedProcess[str]:

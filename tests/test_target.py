@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from quantkit import pipeline
 from quantkit.cli import main
 from quantkit.errors import RecipeError
+from quantkit.formats import writer_of
 from quantkit.plan import make_plan
 from quantkit.recipe import Weights, load_recipe, size_in_bytes
 from quantkit.solve.budget import allocate
@@ -112,7 +113,7 @@ def test_bytes_of_choices_are_the_files(tmp_path, name, form):
     sizes = {}
     for end, chosen in extremes(recipe, plan).items():
         made = make_plan(recipe, checkpoint.config, checkpoint.entries, chosen=chosen)
-        sizes[end] = pipeline._writer(form, recipe, made, name, checkpoint.config, checkpoint.folder).bytes
+        sizes[end] = writer_of(form, recipe, made, name, checkpoint.config, checkpoint.folder).bytes
     told = {end: sum(best(tie.bytes) for tie in ties(recipe, plan)) for end, best in (("smallest", min), ("largest", max))}
     assert abs((sizes["largest"] - sizes["smallest"]) - (told["largest"] - told["smallest"])) < 64 + 0.001 * sizes["largest"]
 

@@ -13,6 +13,7 @@ from quantkit.types import Entry, Json
 # Weights as safetensors, and what lies beside them: never a pickle, never code.
 WANTED = ("*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "*.tiktoken", "README.md")
 UNWANTED = ("*/*", "consolidated*")  # second copies of the weights that some repositories hold
+LARGEST_CARD = 1 << 20  # bytes
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+(@[\w./-]+)?")
 
 
@@ -77,6 +78,39 @@ def remote_headers(model: str) -> tuple[Json, dict[str, Entry]]:
         if info.dtype not in DTYPES:
             raise CheckpointError(f"{model}: {name} has the type {info.dtype}; quantkit starts from bf16, fp16 or fp32 weights")
     return read_json(Path(config)), {name: Entry(DTYPES[info.dtype], tuple(info.shape)) for name, info in tensors.items()}
+
+
+def card_of(folder: Path) -> str | None:
+    """The model card beside a folder's weights, where there is one that is text."""
+    path = folder / "README.md"
+    try:
+        return path.read_text(encoding="utf-8") if path.is_file() and path.stat().st_size <= LARGEST_CARD else None
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+def fetch_card(model: str) -> str:
+    """The card of a folder, of a file, or of a Hub id, of which nothing else is downloaded.
+
+    Raises:
+        CheckpointError: there is none, or the Hub does not give it.
+    """
+    path = Path(model)
+    if path.is_file():
+        try:
+            return path.read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as problem:
+            raise CheckpointError(f"{model}: not a card that can be read ({type(problem).__name__})") from None
+    if is_folder(model):
+        text = card_of(path)
+        if text is None:
+            raise CheckpointError(f"{model}: no README.md that can be read")
+        return text
+    repo, _, revision = model.partition("@")
+    try:
+        return Path(huggingface_hub.hf_hub_download(repo, "README.md", revision=revision or None)).read_text(encoding="utf-8")
+    except Exception as problem:
+        raise _unreachable(model, problem) from None
 
 
 def _unreachable(model: str, problem: Exception) -> CheckpointError:

@@ -5,27 +5,24 @@ Commands import the pipeline when they run, so that --help needs no torch.
 """
 
 import json
-import logging
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from quantkit import __version__
+from quantkit.cli.common import ADAPTER, JSON, one_line_errors, progress, quiet
+from quantkit.cli.release import COMMANDS
 from quantkit.errors import QuantkitError
 
 if TYPE_CHECKING:
     from pathlib import Path
 
     from quantkit.pipeline import Result
-    from quantkit.report import Event, Listener
 
 MODEL = click.argument("model", required=False)
 RECIPE = click.option("--recipe", default="awq-w4", show_default=True, help="A shipped recipe (see `quantkit recipes`) or a YAML file.")
-ADAPTER = click.option("--adapter", metavar="DIR", help="A PEFT LoRA adapter, merged tensor by tensor as the checkpoint is read.")
 FORMATS = click.option(
     "--format",
     "formats",
@@ -56,7 +53,6 @@ TARGET_BITS = click.option(
     "--target-bits", type=click.FloatRange(2, 16), help="The same by bits a weight of what is quantized, scales counted: 4.25."
 )
 FEW_TOKENS = 4096  # below, a run says so
-JSON = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
 
 
 @click.group(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110})
@@ -95,7 +91,7 @@ def quantize(
     as_json: bool,
 ) -> None:
     """Quantize MODEL, a folder or a Hub id (owner/name); left out: the embedded reference model."""
-    with _one_line_errors():
+    with one_line_errors():
         if dry_run:
             if calibration:
                 from quantkit.recipe import load_mix
@@ -105,12 +101,12 @@ def quantize(
             return
         from quantkit import pipeline
 
-        _quiet()
+        quiet()
         if threads:
             import torch
 
             torch.set_num_threads(threads)
-        with _progress() as tell:
+        with progress() as tell:
             result = pipeline.quantize(
                 model,
                 recipe=recipe,
@@ -148,7 +144,7 @@ def plan(
 
     MODEL is a folder, a Hub id (only headers are fetched; with --adapter the model is), or a config.json alone.
     """
-    with _one_line_errors():
+    with one_line_errors():
         _print_plan(model, recipe, adapter, formats, target_size, target_bits, as_json)
 
 
@@ -178,15 +174,15 @@ def calibrate(
     as_json: bool,
 ) -> None:
     """Statistics of MODEL alone: what its linears are fed, and which experts the calibration set reaches."""
-    with _one_line_errors():
+    with one_line_errors():
         from quantkit import pipeline
 
-        _quiet()
+        quiet()
         if threads:
             import torch
 
             torch.set_num_threads(threads)
-        with _progress() as tell:
+        with progress() as tell:
             about = pipeline.calibrate(
                 model,
                 output=output,
@@ -249,8 +245,8 @@ def evaluate(
     """
     if junit and not gate:
         raise click.UsageError("--junit reports a gate's checks; give --gate too")
-    with _one_line_errors("a baseline that was answered is kept"):
-        _quiet()  # before anything brings its progress bars
+    with one_line_errors("a baseline that was answered is kept"):
+        quiet()  # before anything brings its progress bars
         from quantkit import pipeline
         from quantkit.evaluate import outcome
 
@@ -261,7 +257,7 @@ def evaluate(
         for path in filter(None, (store, output, junit)):
             if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
                 raise QuantkitError(f"{path}: there is no such folder to write to")
-        with _progress() as tell:
+        with progress() as tell:
             result = pipeline.evaluate(
                 artefact,
                 baseline=baseline,
@@ -283,12 +279,16 @@ def evaluate(
     sys.exit(result.exit_code)
 
 
+for command in COMMANDS:
+    main.add_command(command)
+
+
 @main.command()
 def recipes() -> None:
     """The recipes that are shipped."""
     from quantkit.recipe import load_recipe, shipped_recipes
 
-    with _one_line_errors():
+    with one_line_errors():
         for name in shipped_recipes():
             click.echo(f"{name:16} {load_recipe(name).description}")
 
@@ -315,28 +315,32 @@ def _print_plan(
 ) -> None:
     from quantkit import pipeline, report
 
-    _quiet()
-    made, sizes = pipeline.plan(model, recipe, adapter, formats, target_size, target_bits)
+    quiet()
+    made, sizes, others = pipeline.plan_and_others(model, recipe, adapter, formats, target_size, target_bits)
     if as_json:
-        click.echo(json.dumps(report.plan_report(made, sizes), ensure_ascii=False))
+        click.echo(json.dumps({**report.plan_report(made, sizes), "other_formats": others}, ensure_ascii=False))
         return
-    for line in report.plan_lines(made, sizes):
+    for line in (*report.plan_lines(made, sizes), *report.other_lines(others, sizes)):
         click.echo(line)
 
 
 def _as_json(result: "Result") -> str:
     """The run's report without its tables of linears and samples, and where everything lies."""
-    report = {key: value for key, value in result.report.items() if key not in ("blocks", "samples")}
+    report = {key: value for key, value in result.report.items() if key not in ("blocks", "samples", "base_card", "adapter_card")}
     places = {name: str(folder) for name, folder in result.artefacts.items()}
     return json.dumps({"output": str(result.output), "artefacts": places, **report}, ensure_ascii=False)
 
 
 def _describe(result: "Result") -> str:
+    from quantkit.report import gigabytes, other_lines
+
     about, scores = result.report, result.scores
-    lines = []
+    lines: list[str] = []
     for name, folder in result.artefacts.items():
         size = result.bytes[name]
-        lines.append(f"{name}: {folder}  {size:,} bytes, {about['bits_per_weight'][name]:.3f} bits per weight")
+        bits = about["bits_per_weight"][name]
+        lines.append(f"{name}: {folder}  {size:,} bytes = {gigabytes(size)}, {bits:.3f} bits per weight")
+    lines += other_lines(about["sizes"], result.artefacts)
     if scores.get("tokens"):
         lines.append(
             f"held-out, {scores['tokens']:,} tokens: KL to the original {scores['kl']:.5f}, perplexity {scores['perplexity']:.4f} "
@@ -390,60 +394,3 @@ def _fed(calibration: dict[str, Any] | None) -> list[str]:
     if isinstance(calibration["thinking"], str):
         lines.append(f"calibration: thinking is asked for, {calibration['thinking']}")
     return lines
-
-
-@contextmanager
-def _progress() -> "Iterator[Listener]":
-    """A rich line on stderr while it is a terminal; nothing where it is not."""
-    from quantkit.report import silent
-
-    if not sys.stderr.isatty():
-        yield silent
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns: list[Any] = [TimeElapsedColumn(), BarColumn(bar_width=10), TextColumn("{task.description}: {task.fields[detail]}")]
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None, detail="")
-
-        def tell(event: "Event") -> None:
-            left = "" if event.seconds_left is None else f"{_duration(event.seconds_left)} left, "
-            detail = "" if event.block is None else f"{event.unit} {min(event.block + 1, event.blocks)}/{event.blocks}, "
-            detail += f"{event.tokens:,} tokens, " if event.tokens else ""
-            detail += f"{left}peak {event.memory / 2**30:.1f} GiB"
-            bar.update(task, description=event.phase, completed=event.block or 0, total=event.blocks or None, detail=detail)
-
-        yield tell
-
-
-@contextmanager
-def _one_line_errors(interrupted: str = "the same command goes on behind the last solved block") -> Iterator[None]:
-    try:
-        yield
-    except QuantkitError as error:
-        click.echo(f"quantkit: {' '.join(str(error).split())}", err=True)
-        sys.exit(error.exit_code)
-    except BrokenPipeError:  # `quantkit plan | head`
-        raise
-    except OSError as error:  # a full disk, a folder that may not be written, a name too long
-        click.echo(f"quantkit: {error.filename or 'system'}: {error.strerror or error}", err=True)
-        sys.exit(1)
-    except KeyboardInterrupt:
-        click.echo(f"quantkit: interrupted; {interrupted}", err=True)
-        sys.exit(130)
-
-
-def _duration(seconds: float) -> str:
-    return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min"
-
-
-def _quiet() -> None:
-    """Libraries' warnings would stand beside our one line."""
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars
-    import transformers
-
-    transformers.utils.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # its retries

@@ -1,0 +1,107 @@
+"""An artefact folder as a stranger meets it: its files, its manifest, and the report of the run that made it."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from quantkit.errors import PublishError
+from quantkit.publish.manifest import NAME
+from quantkit.types import Json
+
+WEIGHTS = {"compressed-tensors": ("*.safetensors",), "gguf": ("*.gguf",), "onnx": ("*.onnx", "*.onnx.data", "*.onnx_data")}
+RUN, EVALUATION, PAGE = "run.json", "eval.json", "report.html"
+# What looks like an access token of the Hub, wherever it may have slipped in.
+TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+
+
+@dataclass(frozen=True, slots=True)
+class Artefact:
+    """One publishable folder, and what its run said of it (None where run.json is not beside it: a folder that was moved)."""
+
+    folder: Path
+    format: str
+    manifest: Json
+    run: Json | None
+
+    @property
+    def weights(self) -> list[Path]:
+        return sorted(path for pattern in WEIGHTS[self.format] for path in self.folder.glob(pattern))
+
+    @property
+    def bytes(self) -> int:
+        """The sum of the weight files: what a card calls the model's size."""
+        return sum(path.stat().st_size for path in self.weights)
+
+    @property
+    def evaluation(self) -> Json | None:
+        """What the evaluation of this folder found, where there was one: eval.json in the run's folder, or the format's own."""
+        for path in (self.folder.parent / f"eval-{self.format}.json", self.folder.parent / EVALUATION):
+            if path.is_file():
+                return read_json(path)
+        return None
+
+
+def open_artefact(folder: Path | str) -> Artefact:
+    """An artefact's folder, or a run's that holds a single one.
+
+    Raises:
+        PublishError: no such folder, none or several artefacts in it, or a manifest that cannot be read.
+    """
+    artefacts = open_artefacts(folder)
+    if len(artefacts) > 1:
+        names = " or ".join(str(one.folder) for one in artefacts)
+        raise PublishError(f"{folder}: a run with {len(artefacts)} artefacts; give one of them: {names}")
+    return artefacts[0]
+
+
+def open_artefacts(folder: Path | str) -> list[Artefact]:
+    """The artefacts of a run's folder in the order of their formats' names, or the one that `folder` is.
+
+    Raises:
+        PublishError: as for `open_artefact`.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise PublishError(f"{folder}: no such folder; give a run's folder, or an artefact in it")
+    if (folder / NAME).is_file():
+        return [_open(folder)]
+    found = [_open(inner) for name in WEIGHTS if (inner := folder / name / NAME).is_file() and (inner := inner.parent)]
+    if not found:
+        raise PublishError(f"{folder}: no {NAME} here, nor in {', '.join(WEIGHTS)} below; not an artefact, or one that was never finished")
+    return found
+
+
+def _open(folder: Path) -> Artefact:
+    manifest = read_json(folder / NAME)
+    if not isinstance(manifest.get("files"), dict):
+        raise PublishError(f"{folder / NAME}: lists no files; not a manifest of quantkit")
+    format = manifest.get("format") or next((name for name in WEIGHTS if any(True for _ in _weights(folder, name))), "")
+    if format not in WEIGHTS:
+        raise PublishError(f"{folder / NAME}: format {format!r}; known: {', '.join(WEIGHTS)}")
+    run = folder.parent / RUN
+    return Artefact(folder, format, manifest, read_json(run) if run.is_file() else None)
+
+
+def _weights(folder: Path, format: str) -> Iterator[Path]:
+    for pattern in WEIGHTS[format]:
+        yield from folder.glob(pattern)
+
+
+def read_json(path: Path) -> Json:
+    """A JSON object, or one line.
+
+    Raises:
+        PublishError: it is not one.
+    """
+    try:
+        value: Any = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as problem:
+        raise PublishError(f"{path}: cannot be read ({problem.strerror})") from None
+    except (ValueError, RecursionError) as problem:
+        raise PublishError(f"{path}: not JSON ({str(problem)[:80]})") from None
+    if not isinstance(value, dict):
+        raise PublishError(f"{path}: a JSON object is expected, not {type(value).__name__}")
+    return value
