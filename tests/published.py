@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import pytest
 import tiny
 
 from quantkit import pipeline
@@ -26,7 +27,7 @@ extra_gated_prompt: You agree to nothing.
 ![banner](img/banner.png) and [its paper](docs/paper.md).
 """
 QUICK = (
-    "description: quick\nformats: [compressed-tensors, gguf]\ncalibration: {samples: 20, sequence_length: 64}\n"
+    "description: quick\nweights: {signed: true}\nformats: [compressed-tensors, gguf]\ncalibration: {samples: 20, sequence_length: 64}\n"
     "score: {samples: 20, sequence_length: 64}\nsearch: {exponents: 2, rows: 16, shrinks: 2}\n"
 )
 
@@ -38,7 +39,9 @@ def _made() -> tuple[Path, Path]:
     model = tiny.build("gemma4_moe", home / "tiny-moe", num_experts=4, num_hidden_layers=2, max_shard_size="300KB")
     (model / "README.md").write_text(BASE_CARD)
     (home / "quick.yaml").write_text(QUICK)
-    pipeline.quantize(str(model), recipe=str(home / "quick.yaml"), output=home / "run")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("quantkit.write.compressed_tensors.SHARD_BYTES", 100_000)  # several weight files
+        pipeline.quantize(str(model), recipe=str(home / "quick.yaml"), output=home / "run")
     shutil.rmtree(home / "run" / "solved")
     return model, home / "run"
 

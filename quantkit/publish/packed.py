@@ -272,4 +272,5 @@ def spread(linears: list[Stored], count: int) -> list[Stored]:
     for one in linears:
         by_kind.setdefault(one.kind, []).append(one)
     each = max(1, -(-count // max(len(by_kind), 1)))
-    return [group[number * len(group) // each] for group in by_kind.values() for number in range(min(each, len(group)))]
+    taken = [(group, min(each, len(group))) for group in by_kind.values()]
+    return [group[number * len(group) // many] for group, many in taken for number in range(many)]

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import huggingface_hub
 from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
-from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, HFValidationError
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, RemoteEntryNotFoundError
 
 from quantkit import __version__
 from quantkit.errors import PublishError
@@ -24,7 +24,7 @@ from quantkit.publish.manifest import CARD, NAME
 from quantkit.publish.verify import Verified
 from quantkit.report import gigabytes
 
-_REPO = re.compile(r"[\w.-]+/[\w.-]+")
+_REPO = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +120,7 @@ def _left_over(api: HfApi, repo_id: str, revision: str | None, files: Sequence[s
     with tempfile.TemporaryDirectory() as folder:
         try:
             earlier = read_json(Path(api.hf_hub_download(repo_id, NAME, revision=revision, local_dir=folder)))
-        except (EntryNotFoundError, PublishError):
+        except (RemoteEntryNotFoundError, PublishError):
             return []
     there = set(api.list_repo_files(repo_id, revision=revision))
     return sorted(name for name in earlier.get("files", ()) if name not in files and name in there)
@@ -135,7 +135,9 @@ def _collect(api: HfApi, collection: str, repo_id: str) -> None:
 
 def _in_one_line(problem: BaseException, token: str | None) -> str:
     """What went wrong and what to do, without a token."""
-    cause = problem.__cause__ or problem  # an upload's error wraps what the network said
+    cause = problem
+    while cause.__cause__ is not None and not isinstance(cause, HfHubHTTPError):  # an upload's error wraps what the network said
+        cause = cause.__cause__
     if isinstance(cause, HfHubHTTPError) and cause.response is not None:
         status = cause.response.status_code
         if status in (401, 403):
