@@ -51,7 +51,7 @@ def card(
             text = fetch_card(base_model)
         options = Options(base_model, text, repo_id, contact, calibration_link, Path(template) if template else None)
         files = artefact.manifest["files"]
-        notes = write_card(artefact.folder, artefact.run, artefact.format, files, artefact.evaluation, options)
+        notes = write_card(artefact.folder, artefact.run, artefact.format, files, artefact.evaluations, options)
         write_manifest(artefact.folder, artefact.run, artefact.format, files)
         made[str(artefact.folder / "README.md")] = notes
     return made

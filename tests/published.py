@@ -12,6 +12,7 @@ import pytest
 import tiny
 
 from quantkit import pipeline
+from quantkit.publish.artefact import open_artefact
 
 BASE_CARD = """---
 license: apache-2.0
@@ -59,3 +60,35 @@ def report() -> dict[str, Any]:
     """What the run said of itself."""
     found: dict[str, Any] = json.loads((_made()[1] / "run.json").read_text())
     return found
+
+
+def evaluate(folder: Path, verdict: str = "PASS", name: str = "eval.json", **changes: Any) -> dict[str, Any]:
+    """An evaluation of these very files, in the form of `quantkit eval --output`, beside the run's report."""
+    row = {
+        "documents": 9,
+        "tokens": 1234,
+        "kl": {"mean": 0.012, "bounds": [0.011, 0.013], "p99": 0.2},
+        "same_top": 0.95,
+        "flips": {"right_to_wrong": 7, "wrong_to_right": 5},
+        "perplexity_base": 30.5,
+        "perplexity": 30.75,
+    }
+    alone = {**row, "kl": {"mean": 0.02, "bounds": [None, None], "p99": 0.4}}
+    item = {"items": 40, "accuracy_base": 0.5, "accuracy": 0.475, "right_to_wrong": 2, "wrong_to_right": 1, "mcnemar": 0.87}
+    about = {
+        "artefact": "run",
+        "baseline": "tiny-moe",
+        "suite": "quick",
+        "engine": {"name": "transformers"},
+        "versions": {"transformers": "5.23.0"},
+        "baseline_engine": {"name": "transformers"},
+        "digests": {"artefact": open_artefact(folder).digest},
+        "divergence": row,
+        "divergence_by_language": {"en": row, "fr": alone},
+        "divergence_by_domain": {"stem": row},
+        "items": {"all": item, "by_kind": {"choice": item}, "by_language": {}},
+        "gate": {"name": "default", "verdict": verdict},
+        **changes,
+    }
+    (folder.parent / name).write_text(json.dumps(about))
+    return about

@@ -146,15 +146,23 @@ def test_the_repository_s_name_on_the_commands(folder):
 
 
 def test_an_evaluation_is_told(folder):
-    rows = {"en": {"kl": 0.012, "bounds": [0.011, 0.013]}, "fr": {"kl": 0.02, "bounds": None}}
-    evaluation = {"engine": "transformers", "divergence": {"by_language": rows}, "gate": {"verdict": "PASS"}}
-    (folder.parent / "eval.json").write_text(json.dumps(evaluation))
+    published.evaluate(folder)
     assert card(folder).exit_code == 0
     text = written(folder)
-    assert "| en | 0.01200 | 0.01100 to 0.01300 |" in text
-    assert "| fr | 0.02000 | not known |" in text
-    assert "Gate: **PASS**." in text
+    assert "These files in transformers 5.23.0 beside the original in transformers, suite quick: 9 documents, 1,234 tokens" in text
+    assert "| en | 0.01200 | 0.01100 to 0.01300 | 0.2000 | 0.9500 | 30.5000 | 30.7500 |" in text
+    assert "| fr | 0.02000 | not known | 0.4000 |" in text
+    assert "| choice | 40 | 50.00% | 47.50% | 2 | 1 | 0.87 |" in text
+    assert "Gate: **PASS (gate default)**." in text
     assert "not evaluated in an engine" not in text
+
+
+def test_an_evaluation_of_other_files_is_not(folder):
+    published.evaluate(folder, digests={"artefact": "0" * 40})
+    published.evaluate(folder.parent / "gguf", name="eval-gguf.json")
+    assert card(folder.parent).exit_code == 0
+    assert "not evaluated in an engine" in written(folder)
+    assert "suite quick" in written(folder.parent / "gguf")
 
 
 # --- Base cards as they come ------------------------------------------------------------------------------------------------------

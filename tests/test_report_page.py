@@ -110,12 +110,11 @@ def test_the_figures_stand_in_tables(run):
 
 def test_intervals_of_an_evaluation_are_drawn(run, tmp_path):
     folder = Path(shutil.copytree(run, tmp_path / "run"))
-    rows = {"en": {"kl": 0.012, "bounds": [0.011, 0.013]}, "fr": {"kl": 0.02, "bounds": [None, None]}}
-    (folder / "eval.json").write_text(json.dumps({"engine": "vLLM", "divergence": {"by_language": rows}}))
+    published.evaluate(folder / "compressed-tensors")
     assert CliRunner().invoke(main, ["report", str(folder)]).exit_code == 0
     text = (folder / "report.html").read_text()
     assert "0.01100 to 0.01300" in text
-    assert "compressed-tensors in vLLM" in text
+    assert "compressed-tensors in transformers 5.23.0" in text
     assert (folder / "report" / "divergence.png").read_bytes() != (run / "report" / "divergence.png").read_bytes()
 
 

@@ -164,7 +164,7 @@ def test_a_folder_without_card_is_refused_even_then(hub, folder):
 
 @pytest.mark.parametrize("verdict, goes", [("PASS", True), ("FAIL", False), ("INCONCLUSIVE", False)])
 def test_the_gate(verdict, goes, hub, folder):
-    (folder.parent / "eval.json").write_text(json.dumps({"gate": {"verdict": verdict}}))
+    published.evaluate(folder, verdict)
     result = publish(folder, "--repo-id", "someone/tiny")
     assert (result.exit_code == 0) == goes
     assert goes or f"gate: {verdict}" in result.stderr

@@ -1,5 +1,6 @@
 """An artefact folder as a stranger meets it: its files, its manifest, and the report of the run that made it."""
 
+import hashlib
 import json
 import re
 from collections.abc import Iterator
@@ -12,7 +13,8 @@ from quantkit.publish.manifest import NAME
 from quantkit.types import Json
 
 WEIGHTS = {"compressed-tensors": ("*.safetensors",), "gguf": ("*.gguf",), "onnx": ("*.onnx", "*.onnx.data", "*.onnx_data")}
-RUN, EVALUATION, PAGE = "run.json", "eval.json", "report.html"
+RUN, EVALUATIONS, PAGE = "run.json", "eval*.json", "report.html"
+JUDGED = (".safetensors", ".gguf", ".onnx", ".data", ".json", ".jinja", ".model")  # files whose bytes an evaluation's digest is of
 # What looks like an access token of the Hub, wherever it may have slipped in.
 TOKEN = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
@@ -36,12 +38,18 @@ class Artefact:
         return sum(path.stat().st_size for path in self.weights)
 
     @property
-    def evaluation(self) -> Json | None:
-        """What the evaluation of this folder found, where there was one: eval.json in the run's folder, or the format's own."""
-        for path in (self.folder.parent / f"eval-{self.format}.json", self.folder.parent / EVALUATION):
-            if path.is_file():
-                return read_json(path)
-        return None
+    def evaluations(self) -> list[Json]:
+        """What evaluations of these very files found: every eval*.json in the run's folder whose digest is theirs, in order of names."""
+        found = [read_json(path) for path in sorted(self.folder.parent.glob(EVALUATIONS))]
+        return [one for one in found if isinstance(one.get("digests"), dict) and one["digests"].get("artefact") == self.digest]
+
+    @property
+    def digest(self) -> str:
+        """As `quantkit eval` digests what it judges: names and SHA-256 of weights, config and tokenizer; of a GGUF the file alone."""
+        files = {name: row["sha256"] for name, row in self.manifest["files"].items() if name.endswith(JUDGED)}
+        if self.format == "gguf":
+            files = {name: digest for name, digest in files.items() if name.endswith(".gguf")}
+        return hashlib.sha256(json.dumps([sorted(files.items())]).encode()).hexdigest()[:40]
 
 
 def open_artefact(folder: Path | str) -> Artefact:

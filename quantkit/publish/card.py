@@ -6,7 +6,7 @@ Markdown or HTML of theirs, or through base_card.Body; neither is ever read as a
 
 import html
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,14 +50,14 @@ class Options:
 
 
 def write_card(
-    folder: Path, about: Json, format: str, files: Json | None = None, evaluation: Json | None = None, options: Options | None = None
+    folder: Path, about: Json, format: str, files: Json | None = None, evaluations: Sequence[Json] = (), options: Options | None = None
 ) -> list[str]:
     """README.md of the artefact of one format.
 
     Args:
         about: the run's report.
         files: sizes and SHA-256 as the manifest lists them; None: they are read.
-        evaluation: of these very files, where there is one.
+        evaluations: of these very files, where there are any.
 
     Returns:
         What the publisher should know: a base card that could not be read, links of it that lead nowhere. One line each.
@@ -67,7 +67,7 @@ def write_card(
     """
     options = options or Options()
     notes: list[str] = []
-    text = _template(options.template).render(**_context(folder, about, format, files or listed(folder), evaluation, options, notes))
+    text = _template(options.template).render(**_context(folder, about, format, files or listed(folder), evaluations, options, notes))
     temporary = folder / f".{CARD}.part"
     temporary.write_text(re.sub(r"\n{3,}", "\n\n", text) if options.template is None else text, encoding="utf-8")
     temporary.replace(folder / CARD)
@@ -119,7 +119,7 @@ def plain(value: Any) -> str:
     return re.sub(r"([\\`*\[\]|])|(?<!\w)_|_(?!\w)", lambda match: "\\" + match[0], text)
 
 
-def _context(folder: Path, about: Json, format: str, files: Json, evaluation: Json | None, options: Options, notes: list[str]) -> Json:
+def _context(folder: Path, about: Json, format: str, files: Json, evaluations: Sequence[Json], options: Options, notes: list[str]) -> Json:
     recipe, calibration = about["recipe"], about["calibration"]
     rows = [row for block in about["blocks"] for row in block["linears"].items()]
     experts = {row["scheme"] for name, row in rows if "experts." in name}
@@ -148,16 +148,16 @@ def _context(folder: Path, about: Json, format: str, files: Json, evaluation: Js
         "domains": domains,
         "fallbacks": "; ".join(f"{len(which)} of {calibration['rows']} samples: {how}" for how, which in calibration["fallbacks"].items()),
         "experts": _experts(about),
-        "measured": measured(about, evaluation),
-        "evaluated": evaluation is not None,
-        "verdict": verdict(evaluation),
+        "measured": measured(about, evaluations),
+        "evaluated": bool(evaluations),
+        "verdict": verdict(evaluations),
         "serve_name": serve_name,
         "gguf": next((path.name for path in folder.glob("*.gguf")), ""),
         "rounded": about.get("gguf"),
         "needs_conversion": about["family"] == "gemma4" and bool(experts),
         "snippet": len(experts) == 1 and " sym " in next(iter(experts)) and recipe["experts_layout"] != "fused",
         "engines": engines,
-        "limits": _limits(about, format, languages, any(row["scheme"].endswith(" signed") for _, row in rows), evaluation),
+        "limits": _limits(about, format, languages, any(row["scheme"].endswith(" signed") for _, row in rows), evaluations),
         "versions": about["versions"],
         "seed": recipe["calibration"]["seed"],
         "date": about.get("date"),
@@ -277,12 +277,12 @@ def _engines(folder: Path, format: str) -> list[Verdict]:
     return []
 
 
-def _limits(about: Json, format: str, languages: list[str], signed: bool, evaluation: Json | None) -> list[str]:
+def _limits(about: Json, format: str, languages: list[str], signed: bool, evaluations: Sequence[Json]) -> list[str]:
     found = ["What holds for the original holds here: its licence, its biases, its knowledge."]
     if about["calibration"]["tokens"]:
         where = ", ".join(name.upper() for name in languages) or "the calibration set's language"
         found.append(f"Calibrated on text in {where}; other languages and long contexts were not measured.")
-    if evaluation is None:
+    if not any(one.get("items") for one in evaluations):
         found.append("The figures above compare next-token distributions; answers to tasks were not compared.")
     if signed and format == "compressed-tensors":
         found.append(

@@ -19,7 +19,7 @@ from quantkit import __version__
 from quantkit.errors import PublishError
 from quantkit.publish.artefact import TOKEN, Artefact, read_json
 from quantkit.publish.card import version
-from quantkit.publish.evaluation import verdict
+from quantkit.publish.evaluation import passed, verdict
 from quantkit.publish.manifest import CARD, NAME
 from quantkit.publish.verify import Verified
 from quantkit.report import gigabytes
@@ -58,9 +58,8 @@ def refusals(artefact: Artefact, verified: Verified) -> list[str]:
     """Why this folder should not be published: no card, something off, a gate that failed. One line each."""
     found = [] if (artefact.folder / CARD).is_file() else [f"{CARD}: missing; quantkit card {artefact.folder} makes one"]
     found += [f"{one.check}: {one.text}" for one in verified.findings if one.state == "off" and not one.text.startswith(f"{CARD}: missing")]
-    gate = verdict(artefact.evaluation)
-    if gate is not None and gate.upper() != "PASS":
-        found.append(f"gate: {gate}; the evaluation stands in {artefact.folder.parent}")
+    if not passed(artefact.evaluations):
+        found.append(f"gate: {verdict(artefact.evaluations)}; the evaluation stands in {artefact.folder.parent}")
     return found
 
 
