@@ -44,7 +44,7 @@ ONLY = {  # every other library has its rooms
     "compressed_tensors": {"hf", "publish"},  # publish: verify decodes as engines do, not as we wrote
     "datasets": {"calibrate"},
     "pyarrow": {"calibrate"},
-    "onnx_ir": {"write"},
+    "onnx_ir": {"write", "publish"},
     "onnxscript": {"write"},
     "gguf": {"write", "evaluate", "publish"},  # publish: verify reads what write wrote
     "lm_eval": {"evaluate"},

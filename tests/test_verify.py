@@ -351,3 +351,46 @@ def test_a_distance_does_not_see_folds_and_sees_all_else():
     halves = rounded(weight, 4, 32)
     halves[:, 64:] = 0
     assert distance(weight, halves) == pytest.approx(0.5, abs=0.05)
+
+
+# --- ONNX, which another room will write -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("what", ["good", "cut", "a NaN", "a block of 24", "no genai"])
+def test_an_onnx_folder(what, tmp_path):
+    onnx = pytest.importorskip("onnx", reason="the extra onnx")
+    pytest.importorskip("onnx_ir", reason="the extra onnx")
+    import numpy
+    from onnx import helper, numpy_helper
+
+    folder = tmp_path / "run" / "onnx"
+    folder.mkdir(parents=True)
+    scale = numpy.full((8, 2), numpy.nan if what == "a NaN" else 0.5, numpy.float32)
+    tensors = [numpy_helper.from_array(numpy.zeros((8, 2, 16), numpy.uint8), "codes"), numpy_helper.from_array(scale, "scale")]
+    block = 24 if what == "a block of 24" else 32
+    multiply = helper.make_node(
+        "MatMulNBits", ["x", "codes", "scale"], ["y"], "multiply", domain="com.microsoft", K=64, N=8, bits=4, block_size=block
+    )
+    ends = [helper.make_tensor_value_info(name, 1, ["rows", width]) for name, width in (("x", 64), ("y", 8))]
+    graph = helper.make_graph([multiply], "g", ends[:1], ends[1:], tensors)
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)])
+    place = {"save_as_external_data": True, "location": "model.onnx.data", "size_threshold": 0}
+    onnx.save_model(model, folder / "model.onnx", **place)
+    if what != "no genai":
+        (folder / "genai_config.json").write_text("{}")
+    if what == "cut":
+        (folder / "model.onnx.data").write_bytes((folder / "model.onnx.data").read_bytes()[:-1])
+    size = (folder / "model.onnx.data").stat().st_size
+    bits = round(size * 8 / 512, 4)
+    run = {**published.report(), "bytes": {"onnx": size}, "bits_per_weight": {"onnx": bits}, "parameters": 512}
+    (folder.parent / "run.json").write_text(json.dumps(run))
+    write_manifest(folder, run, "onnx")
+    assert CliRunner().invoke(main, ["card", str(folder)]).exit_code == 0
+    wrong = {
+        "cut": "lies up to byte",
+        "a NaN": "scale: holds NaN",
+        "a block of 24": "blocks of 24",
+        "no genai": "genai_config.json: missing",
+    }
+    found = off(folder)
+    assert [wrong.get(what, "?") in line for line in found] == [True] * (what != "good")

@@ -12,7 +12,11 @@ from quantkit.errors import PublishError
 from quantkit.publish.manifest import NAME
 from quantkit.types import Json
 
-WEIGHTS = {"compressed-tensors": ("*.safetensors",), "gguf": ("*.gguf",), "onnx": ("*.onnx", "*.onnx.data", "*.onnx_data")}
+WEIGHTS = {
+    "compressed-tensors": ("*.safetensors",),
+    "gguf": ("*.gguf",),
+    "onnx": ("*.onnx.data",),
+}  # of ONNX the graph itself is not counted
 RUN, EVALUATIONS, PAGE = "run.json", "eval*.json", "report.html"
 JUDGED = (".safetensors", ".gguf", ".onnx", ".data", ".json", ".jinja", ".model")  # files whose bytes an evaluation's digest is of
 # What looks like an access token of the Hub, wherever it may have slipped in.

@@ -19,14 +19,15 @@ from quantkit.publish import base_card
 from quantkit.publish.artefact import WEIGHTS
 from quantkit.publish.evaluation import measured, verdict
 from quantkit.publish.gguf_file import GgufFolder
-from quantkit.publish.loaders import Verdict, gguf_verdicts, verdicts
+from quantkit.publish.loaders import Verdict, gguf_verdicts, onnx_verdicts, verdicts
 from quantkit.publish.manifest import CARD, listed
+from quantkit.publish.onnx_folder import OnnxFolder
 from quantkit.publish.packed import Packed
 from quantkit.publish.parts import contents
 from quantkit.report import gigabytes
 from quantkit.types import Json
 
-LIBRARY = {"compressed-tensors": "transformers", "gguf": "gguf", "onnx": "onnx"}
+LIBRARY = {"compressed-tensors": "transformers", "gguf": "gguf", "onnx": "onnxruntime-genai"}
 REASONS = {  # why a part is not quantized
     "towers": "copied bit for bit: the calibration set holds no pictures and no sound",
     "routers": "small, and they decide which experts run",
@@ -139,7 +140,8 @@ def _context(folder: Path, about: Json, format: str, files: Json, evaluations: S
         "method": _method(recipe, bool(rows)),
         "adapter": about.get("adapter"),
         "contents": [
-            {**row, "why": "" if "groups of" in row["stored"] else REASONS.get(row["part"], "")} for row in contents(folder, format)
+            {**row, "why": "" if "groups of" in row["stored"] or row["stored"] == "uint8" else REASONS.get(row["part"], "")}
+            for row in contents(folder, format)
         ],
         "kept": about.get("kept", {}),
         "errors": _errors(about) if rows else None,
@@ -154,6 +156,7 @@ def _context(folder: Path, about: Json, format: str, files: Json, evaluations: S
         "serve_name": serve_name,
         "gguf": next((path.name for path in folder.glob("*.gguf")), ""),
         "rounded": about.get("gguf"),
+        "onnx": about.get("onnx"),
         "needs_conversion": about["family"] == "gemma4" and bool(experts),
         "snippet": len(experts) == 1 and " sym " in next(iter(experts)) and recipe["experts_layout"] != "fused",
         "engines": engines,
@@ -272,6 +275,8 @@ def _engines(folder: Path, format: str) -> list[Verdict]:
         if format == "gguf":
             file = GgufFolder(folder)
             return gguf_verdicts(file.architecture, file.types)
+        if format == "onnx":
+            return onnx_verdicts(OnnxFolder(folder))
     except PublishError:  # verify tells what is wrong with the files
         pass
     return []

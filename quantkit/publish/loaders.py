@@ -7,6 +7,7 @@ on CPUs, transformers 5.23, llama.cpp and onnxruntime 1.31 were met by running t
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from quantkit.publish.onnx_folder import OnnxFolder
 from quantkit.publish.packed import Packed, Stored
 from quantkit.types import Json
 
@@ -144,6 +145,19 @@ def gguf_verdicts(architecture: str, types: Iterable[str]) -> list[Verdict]:
         Verdict("vLLM", "no", "its GGUF reader is another project's; use the compressed-tensors folder"),
         Verdict("transformers", "no", "would decode it to full precision, where it knows the architecture (not run here)"),
         Verdict("onnxruntime", "no", "reads ONNX graphs, not GGUF"),
+    ]
+
+
+def onnx_verdicts(graph: OnnxFolder) -> list[Verdict]:
+    """Every engine's word on an ONNX folder."""
+    kinds = sorted({f"{bits} bits in blocks of {block}" for _, bits, block in graph.quantized()})
+    needs = f"1.31 or later; MatMulNBits, {', '.join(kinds)}" if kinds else "nothing is quantized"
+    return [
+        Verdict("onnxruntime", "yes", f"{needs}; on CPUs (other providers not run here)"),
+        Verdict("onnxruntime-genai", "yes", "0.18 or later"),
+        Verdict("vLLM", "no", "reads safetensors; use the compressed-tensors folder"),
+        Verdict("transformers", "no", "reads safetensors; use the compressed-tensors folder"),
+        Verdict("llama.cpp", "no", "reads GGUF; quantkit writes one from the same run with --format gguf"),
     ]
 
 

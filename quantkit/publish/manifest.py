@@ -25,7 +25,14 @@ def write_manifest(folder: Path, about: Json, format: str, files: Json | None = 
     files = listed(folder) if files is None else {**files, CARD: _entry(folder / CARD)}
     bits = about["bits_per_weight"][format]
     told = {key: about[key] for key in PROVENANCE if key in about}
+    told["recipe"] = _without_folders(about["recipe"])
     write_json(folder / NAME, {"files": dict(sorted(files.items())), "format": format, "bits_per_weight": bits, **told})
+
+
+def _without_folders(recipe: Json) -> Json:
+    """A mix that is a file of this machine by its name alone."""
+    calibration = recipe["calibration"]
+    return {**recipe, "calibration": {**calibration, "mix": Path(calibration["mix"]).name}}
 
 
 def _counts(path: Path) -> bool:

@@ -7,6 +7,7 @@ from pathlib import Path
 from quantkit.errors import PublishError
 from quantkit.publish.artefact import Artefact
 from quantkit.publish.gguf_file import GgufFolder
+from quantkit.publish.onnx_folder import OnnxFolder
 from quantkit.publish.packed import Packed
 from quantkit.types import Json
 
@@ -61,6 +62,8 @@ def _held(folder: Path, format: str) -> Iterable[tuple[str, str, int]]:
             stem = re.sub(r"(\.weight)?_(packed|scale|zero_point|shape)$", "", name)
             stored = f"{schemes[stem]}{signed}" if stem in schemes else packed.dtypes[name].lower()
             yield name, stored, size
+    elif format == "onnx":
+        yield from OnnxFolder(folder).sizes()
     elif format == "gguf":
         for tensor in GgufFolder(folder).reader.tensors:
             yield tensor.name, tensor.tensor_type.name, int(tensor.n_bytes)

@@ -15,8 +15,9 @@ from quantkit.errors import PublishError
 from quantkit.publish.artefact import TOKEN, Artefact
 from quantkit.publish.card import stated
 from quantkit.publish.gguf_file import GgufFolder
-from quantkit.publish.loaders import Verdict, gguf_verdicts, verdicts
+from quantkit.publish.loaders import Verdict, gguf_verdicts, onnx_verdicts, verdicts
 from quantkit.publish.manifest import CARD, NAME, sha256
+from quantkit.publish.onnx_folder import OnnxFolder
 from quantkit.publish.packed import Packed, distance, rounded, spread
 from quantkit.report import gigabytes
 from quantkit.types import Json
@@ -83,6 +84,13 @@ def verify(artefact: Artefact, base: Weights | None = None, inputs: Mapping[str,
                 Finding("base", "skipped", "a GGUF's linears are not held against the base; the compressed-tensors folder's are")
             )
             engines = gguf_verdicts(file.architecture, file.types)
+        elif artefact.format == "onnx":
+            graph = OnnxFolder(artefact.folder)
+            findings += _collected("tensors", f"{len(graph.tensors):,} tensors lie where the graph says", graph.problems())
+            if findings[-1].state == "ok":  # what lies beyond its file cannot be read
+                findings += _collected("numbers", "no NaN", graph.not_numbers())
+            findings.append(Finding("base", "skipped", "an ONNX graph's linears are not held against the base"))
+            engines = onnx_verdicts(graph)
     except PublishError as problem:
         findings.append(Finding("tensors", "off", str(problem)))
     return Verified(tuple(findings), tuple(engines))
