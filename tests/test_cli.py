@@ -150,7 +150,7 @@ def test_plan_of_a_config_alone(model, tmp_path):
     (tmp_path / "config.json").write_bytes((Path(model) / "config.json").read_bytes())
     alone, whole = (json.loads(good("plan", where, "--json")) for where in (str(tmp_path / "config.json"), model))
     assert alone.pop("kept").sort() == whole.pop("kept").sort()
-    assert alone.pop("other_formats").keys() == {"gguf without its tokenizer"}
+    assert alone.pop("other_formats").keys() == {"gguf without its tokenizer", "onnx"}
     assert whole.pop("other_formats")["gguf"]["bytes"] > 0
     assert alone == whole
 
@@ -195,7 +195,8 @@ def test_quantize_tells_what_it_made(model, recipe, tmp_path):
     report = json.loads((tmp_path / "run.json").read_text())
     folder = tmp_path / "compressed-tensors"
     size = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
-    first, other, scores, errors, experts, *_, last = text.splitlines()
+    first, other, onnx, scores, errors, experts, *_, last = text.splitlines()
+    assert onnx.startswith("the same recipe as onnx: "), "its size, or why it cannot be told"
     bits = report["bits_per_weight"]["compressed-tensors"]
     assert first == f"compressed-tensors: {folder}  {size:,} bytes = {size / 1e6:.2f} MB, {bits:.3f} bits per weight"
     assert other == f"the same recipe as gguf: {report['sizes']['gguf']['bytes'] / 1e6:.2f} MB" + other.partition(" MB")[2]
@@ -250,11 +251,12 @@ def hub(model, tmp_path, monkeypatch) -> str:
 
 def test_a_hub_id_in_the_cache_is_planned_while_offline(hub, model):
     there, here = (json.loads(good("plan", where, "--json")) for where in (hub, model))
-    assert there.pop("other_formats").keys() == {"gguf without its tokenizer"}
-    assert here.pop("other_formats").keys() == {"gguf"}
+    assert there.pop("other_formats").keys() == {"gguf without its tokenizer", "onnx"}
+    assert here.pop("other_formats").keys() == {"gguf", "onnx"}
     assert there == here
     lines = [good(*words).splitlines() for words in (("quantize", hub, "--dry-run"), ("plan", model))]
-    assert lines[0][:-1] == lines[1][:-1], "all but the last, what the same recipe gives as a GGUF"
+    told = [[line for line in one if not line.startswith("the same recipe as gguf")] for one in lines]
+    assert told[0] == told[1]
 
 
 @pytest.mark.parametrize("revision", ["", "@main"])
