@@ -2,6 +2,7 @@
 
 import json
 import re
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -166,37 +167,46 @@ def test_mixed_schemes(tmp_path):
     assert_opens_exactly(folder)
 
 
+@contextmanager
+def unregistered():
+    """transformers as it is without quantkit.hf."""
+    cache = transformers.conversion_mapping._checkpoint_conversion_mapping_cache
+    known = {name: cache.pop(name) for name in quantkit.hf.MODEL_TYPES}
+    try:
+        yield
+    finally:
+        cache.update(known)
+
+
 def test_plain_transformers_needs_our_import(tmp_path):
     """What `import quantkit.hf` is for: without the conversion, experts of Gemma 4 are random and load_model says so."""
     _, result = run(tmp_path, "gemma4_moe", "rtn-w4")
     folder = result.artefacts["compressed-tensors"]
-    mapping = transformers.conversion_mapping._checkpoint_conversion_mapping_cache.pop("gemma4")
-    try:
+    with unregistered():
         with pytest.raises(CheckpointError, match=r"missing keys|unexpected keys"):
             quantkit.hf.load_model(folder, dtype="auto")
         assert quantkit.hf.register() is True
         assert quantkit.hf.register() is False, "an existing entry is never overwritten"
         quantkit.hf.load_model(folder, dtype="auto")
-    finally:
-        transformers.conversion_mapping._checkpoint_conversion_mapping_cache["gemma4"] = mapping
 
 
-def test_the_snippet_on_the_card_is_right(tmp_path):
-    _, result = run(tmp_path, "gemma4_moe")
+MOE = {"enable_moe_block": True, "num_experts": 8, "top_k_experts": 2, "moe_intermediate_size": 96}
+
+
+@pytest.mark.parametrize("name, build", [("gemma4_moe", {}), ("gemma4_text", MOE)], ids=["with towers", "text alone"])
+def test_the_snippet_on_the_card_is_right(name, build, tmp_path):
+    _, result = run(tmp_path, name, build=build)
     folder = result.artefacts["compressed-tensors"]
     card = (folder / "README.md").read_text()
     snippet = next(part for part in card.split("```python\n")[1:] if "WeightConverter(" in part).split("```")[0]
     ours = assert_opens_exactly(folder).state_dict()
-    mapping = transformers.conversion_mapping._checkpoint_conversion_mapping_cache.pop("gemma4")
-    try:
+    with unregistered():
         exec(compile(snippet, "card", "exec"), {})
         theirs = quantkit.hf.load_model(folder, dtype="auto")
         with torch.no_grad():
             theirs(input_ids=torch.arange(20, 60)[None], use_cache=False)
         for name, tensor in theirs.state_dict().items():
             assert torch.equal(tensor, ours[name]), name
-    finally:
-        transformers.conversion_mapping._checkpoint_conversion_mapping_cache["gemma4"] = mapping
 
 
 def test_streamed_score_is_that_of_the_files(tmp_path):
