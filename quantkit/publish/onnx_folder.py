@@ -47,7 +47,8 @@ class OnnxFolder:
             if tensor is None:
                 yield f"{name}: an initialiser without a value"
             elif (place := getattr(tensor, "path", None)) is not None:
-                end = (tensor.offset or 0) + (tensor.length or tensor.nbytes)
+                outside: Any = tensor  # onnx_ir.ExternalTensor
+                end = (outside.offset or 0) + (outside.length or outside.nbytes)
                 there = Path(place).stat().st_size if Path(place).is_file() else -1
                 if there < end:
                     told = "is not there" if there < 0 else f"has {there:,}"
