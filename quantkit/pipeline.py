@@ -45,7 +45,7 @@ from quantkit.recipe import Calibration, Recipe
 from quantkit.report import Clock, Listener, silent
 from quantkit.run import Run
 from quantkit.store import Store
-from quantkit.target import extremes, pick
+from quantkit.target import extremes, mixtures, pick
 from quantkit.types import Batch, Entry, Json, Plan, Statistics
 from quantkit.write.compressed_tensors import PASSED_ON
 from quantkit.write.gguf.artefact import GgufFile
@@ -264,7 +264,8 @@ def quantize(
         output: the run's folder; a run that was killed goes on there. Default: MODEL-RECIPE in the working directory.
         calibration: another mix or a .jsonl file in place of the recipe's.
         adapter: a PEFT LoRA adapter's folder, merged as the checkpoint is read.
-        formats: some of "compressed-tensors", "gguf", "onnx", in place of the recipe's; one more can be added to a run that is done.
+        formats: some of "compressed-tensors", "gguf", "onnx", in place of the recipe's; one more can be added to a run that is done
+            (with a target behind the format that it was kept in).
         target_size: bytes of the weight files (of the first format): each linear's scheme is picked by what it costs.
         target_bits: the same by bits a weight of what is quantized, scales and zero points counted.
         fresh: delete what an earlier run left in `output` and start anew.
@@ -284,7 +285,11 @@ def quantize(
         inputs = repr([sorted(hashes.items()), report.versions()])
         plan = make_plan(chosen, checkpoint.config, checkpoint.entries, inputs)
         for wanted in chosen.formats:  # what a format cannot express is refused before anything runs
-            writer_of(wanted, chosen, plan, name, checkpoint.config, checkpoint.folder)
+            for offered in [
+                plan,
+                *(make_plan(chosen, checkpoint.config, checkpoint.entries, chosen=one) for one in mixtures(chosen, plan)),
+            ]:
+                writer_of(wanted, chosen, offered, name, checkpoint.config, checkpoint.folder)
         clock.blocks = len(plan.blocks)
     with clock.phase("tokenizing"):
         tokenizer = load_tokenizer(checkpoint.folder)
@@ -302,7 +307,10 @@ def quantize(
         _check_vocabulary([*batches, *heldout, *reserve], checkpoint)
     if fresh:
         _clear(out)
-    store = Store(out / SOLVED, plan, {"model": name, "recipe": chosen.name, "calibration": settings.mix, "adapter": adapter})
+    told_by = {"model": name, "recipe": chosen.name, "calibration": settings.mix, "adapter": adapter}
+    if chosen.has_target:
+        told_by["target"] = f"{chosen.target_size or chosen.target_bits} in {chosen.formats[0]}"
+    store = Store(out / SOLVED, plan, told_by)
     with clock.phase("building the skeleton"):
         memory = Memory(left_for_activations(plan, max_memory, chosen.method != "rtn" and chosen.search.stages), out)
         skeleton = Skeleton(checkpoint, plan.dtype, memory)

@@ -81,9 +81,8 @@ def make_plan(
     schemes = [[linear.name, str(linear.scheme)] for block in plans for linear in block.linears]
     digest = hashlib.sha256(
         json.dumps(
-            # formats and what only a writer asks decide no code: a format can be added to a run later
             [
-                recipe.model_dump(mode="json", exclude={"formats", "gguf", "onnx"}),
+                _deciding(recipe),
                 model_type,
                 sorted((n, str(e.dtype), e.shape) for n, e in entries.items()),
                 schemes,
@@ -94,6 +93,20 @@ def make_plan(
     return Plan(
         family.name, model_type, family.norm_offset, _precision(entries), plans, tuple(outside), dict(entries), family.ignore, digest
     )
+
+
+def _deciding(recipe: Recipe) -> Json:
+    """What of a recipe decides codes. Formats and what only a writer asks do not: a format can be added to a run later.
+
+    With a target they do: it is kept in the bytes of the first format, and a GGUF alone has other choices and other ties.
+    """
+    said = recipe.model_dump(mode="json", exclude={"formats", "gguf", "onnx"})
+    first: str = recipe.formats[0]
+    if recipe.has_target:
+        said["picked for"] = [recipe.formats == ["gguf"], first == "gguf"]
+    if recipe.target_size is not None:
+        said["counted in"] = [first, recipe.model_dump(mode="json", include={first})]
+    return said
 
 
 def _precision(entries: Mapping[str, Entry]) -> Any:

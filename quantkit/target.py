@@ -65,39 +65,46 @@ class Tie:
 
 
 def ties(recipe: Recipe, plan: Plan) -> list[Tie]:
-    """What a target's budget is divided among: what engines serve as one matrix goes together; what an override names keeps its scheme.
+    """What a target's budget is divided among: what engines serve as one matrix goes together; what an override names keeps its scheme,
+    and so does what is served with it.
 
     Experts of families whose checkpoints keep them apart (Qwen3-MoE, Mixtral) share one scheme in all blocks of a compressed-tensors
     checkpoint: transformers decodes them by one.
 
     Raises:
-        RecipeError: no choice fits a linear.
+        RecipeError: no choice fits a linear, or nothing is left to pick.
     """
     first = recipe.formats[0]
     family = next(one for one in FAMILIES if one.name == plan.family)
     offered = tuple(recipe.choices) or CHOICES["gguf" if recipe.formats == ["gguf"] else "compressed-tensors"]
     served: dict[tuple[int | None, str], list[tuple[int, Linear]]] = {}
     for block in plan.blocks:
+        matrices: dict[str, list[Linear]] = {}
         for linear in block.linears:
-            named = any(any_match(o.patterns(), linear.local) and (o.layers is None or block.index in o.layers) for o in recipe.overrides)
-            if linear.scheme is None or named:
+            matrices.setdefault(served_as(recipe, family, plan.model_type, linear.local), []).append(linear)
+        overrides = [one for one in recipe.overrides if one.layers is None or block.index in one.layers]
+        for matrix, linears in matrices.items():
+            if any(linear.scheme is None or any(any_match(one.patterns(), linear.local) for one in overrides) for linear in linears):
                 continue
-            everywhere = "experts." in linear.local and linear.source.expert is None and recipe.formats != ["gguf"]
-            served.setdefault((None if everywhere else block.index, served_as(recipe, family, plan.model_type, linear.local)), []).append(
-                (block.index, linear)
-            )
+            apart = "experts." in linears[0].local and linears[0].source.expert is None
+            place = None if apart and recipe.formats != ["gguf"] else block.index
+            served.setdefault((place, matrix), []).extend((block.index, linear) for linear in linears)
     found = []
-    for linears in served.values():
-        widths = {linear.shape[1] for _, linear in linears}
+    for tied in served.values():
+        widths = {linear.shape[1] for _, linear in tied}
         fitting = [choice for choice in offered if all(_fits(choice, width) for width in widths)]
         if not fitting:
             raise RecipeError(
-                f"recipe {recipe.name}: none of the choices fits the {sorted(widths)[0]} columns of {linears[0][1].name}; "
+                f"recipe {recipe.name}: none of the choices fits the {sorted(widths)[0]} columns of {tied[0][1].name}; "
                 "offer one that does, or give it weights by an override"
             )
         schemes = [_scheme(choice) for choice in fitting]
-        sizes = [sum(scheme_bytes(scheme, linear.shape, first) for _, linear in linears) for scheme in schemes]
-        found.append(Tie(tuple(linears), tuple(fitting), tuple(schemes), tuple(sizes)))
+        sizes = [sum(scheme_bytes(scheme, linear.shape, first) for _, linear in tied) for scheme in schemes]
+        found.append(Tie(tuple(tied), tuple(fitting), tuple(schemes), tuple(sizes)))
+    if not found:
+        raise RecipeError(
+            f"recipe {recipe.name}: its overrides leave nothing to pick for the target; leave the target out, or some of them"
+        )
     return found
 
 
@@ -130,6 +137,13 @@ def extremes(recipe: Recipe, plan: Plan) -> dict[str, dict[tuple[int, str], Weig
     """The "smallest" and the "largest" choices: between their sizes lies every target that can be kept."""
     sets = ties(recipe, plan)
     return {end: _spread(sets, choice) for end, choice in _ends(sets).items()}
+
+
+def mixtures(recipe: Recipe, plan: Plan) -> Iterator[dict[tuple[int, str], Weights]]:
+    """All choices in turn over the sets, until each set had each: what no file could hold is to be refused before it is weighed."""
+    sets = ties(recipe, plan) if recipe.has_target else []
+    for turn in range(max((len(tie.choices) for tie in sets), default=0)):
+        yield _spread(sets, [(number + turn) % len(tie.choices) for number, tie in enumerate(sets)])
 
 
 def _ends(sets: Sequence[Tie]) -> dict[str, list[int]]:
@@ -192,18 +206,16 @@ def pick(
     else:
         assert recipe.target_size is not None
         floor = size_of(taking(smallest))
+        if floor > recipe.target_size:
+            raise RecipeError(
+                f"recipe {recipe.name}: target_size {recipe.target_size:,}: the smallest choices take {floor:,} bytes "
+                f"({(floor - least) / floor:.0%} of them are no choice's); offer smaller choices, or quantize more"
+            )
         budget = recipe.target_size - (floor - least)
-        while True:
-            if budget < least:
-                raise RecipeError(
-                    f"recipe {recipe.name}: target_size {recipe.target_size:,}: the smallest choices take {floor:,} bytes "
-                    f"({(floor - least) / floor:.0%} of them are no choice's); offer smaller choices, or quantize more"
-                )
-            made = taking(allocate(options, budget))
-            excess = size_of(made) - recipe.target_size
-            if excess <= 0:
-                break
+        made = taking(allocate(options, budget))
+        while (excess := size_of(made) - recipe.target_size) > 0:
             budget -= excess  # what headers and alignment take hangs on the choice, by a few bytes
+            made = taking(allocate(options, budget) if budget >= least else smallest)
     schemes = {(block.index, linear.local): linear.scheme for block in made.blocks for linear in block.linears}
     table: list[Json] = [
         {

@@ -269,6 +269,36 @@ def test_a_file_that_was_cut_is_written_again_to_the_same_bytes(tmp_path):
     assert list(file.parent.glob(".*")) == []
 
 
+@pytest.mark.parametrize(
+    "before, after", [({"types": {"token_embd": "f16"}}, {"types": {"token_embd": "bf16"}}), ({}, {"pre_tokenizer": "qwen2"})]
+)
+def test_a_file_of_other_types_or_keys_is_written_again_though_it_has_the_same_size(before, after, tmp_path):
+    source = tiny.build("llama", tmp_path / "model", num_hidden_layers=1)
+    sizes, files = [], []
+    for folder, said in (("out", before), ("out", after), ("fresh", after)):
+        recipe = Path(recipe_file(tmp_path, "rtn-w4", formats=["gguf"], gguf=said)).rename(tmp_path / "recipe.yaml")
+        result = pipeline.quantize(str(source), recipe=str(recipe), output=tmp_path / folder)
+        (file,) = result.artefacts["gguf"].glob("*.gguf")
+        sizes.append(file.stat().st_size)
+        files.append(file.read_bytes())
+    assert len(set(sizes)) == 1
+    assert files[0] != files[1] == files[2]
+
+
+@pytest.mark.parametrize("off", [0, 1])
+def test_a_tied_head_in_the_checkpoint_is_left_out_only_if_it_is_the_embeddings(off, tmp_path):
+    """transformers computes with a head that differs, so a file without it would be another model."""
+    source = tiny.build("qwen2", tmp_path / "model", num_hidden_layers=1)
+    tensors_ = load_file(source / "model.safetensors")
+    tensors_["lm_head.weight"] = tensors_["model.embed_tokens.weight"] + off
+    save_file(tensors_, source / "model.safetensors", metadata={"format": "pt"})
+    if off:
+        with pytest.raises(WriteError, match=r"lm_head\.weight: differs.*tie_word_embeddings"):
+            write(tmp_path, "qwen2", "rtn-w4", formats=["gguf"])
+    else:
+        assert "output.weight" not in kinds(write(tmp_path, "qwen2", "rtn-w4", formats=["gguf"])[1])
+
+
 # --- Metadata --------------------------------------------------------------------------------------------------------------------
 
 
@@ -364,8 +394,10 @@ def test_types_by_pattern_and_the_last_that_matches_counts(tmp_path):
 @pytest.mark.parametrize(
     "types, said",
     [
-        ({"token_embed": "q8_0"}, "'token_embed' matches no tensor.*the nearest is 'token_embd.weight'"),
-        ({"blk.*.attn_q": "q8_0"}, "matches no tensor that the recipe leaves unquantized"),
+        ({"token_embed": "q8_0"}, "'token_embed' matches no matrix.*the nearest is 'token_embd'"),
+        ({"token_embd.weight": "q8_0"}, "'token_embd.weight' matches no matrix.*the nearest is 'token_embd'"),
+        ({"blk.0.attn_norm": "f16"}, "norms and routers are F32"),
+        ({"blk.*.attn_q": "q8_0"}, "matches no matrix that the recipe leaves unquantized"),
     ],
 )
 def test_a_pattern_that_matches_nothing_is_refused(types, said, tmp_path):

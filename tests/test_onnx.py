@@ -192,6 +192,14 @@ def test_what_the_operator_does_not_hold_is_refused(tmp_path):
         pipeline.plan(wide, recipe_file(tmp_path, weights={"grid": "q4_k"}, formats=["onnx"]))
 
 
+def test_frequencies_that_a_graph_cannot_hold_are_refused_before_anything_runs(tmp_path):
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    source = tiny.build("llama", tmp_path / "model", num_hidden_layers=1, rope_parameters=dynamic)
+    with pytest.raises(WriteError, match="rope_parameters dynamic"):
+        pipeline.quantize(str(source), recipe=recipe_file(tmp_path, formats=["onnx"]), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_missing_package_is_told_with_its_line(tmp_path, monkeypatch):
     source = str(tiny.build("llama", tmp_path / "model"))
     monkeypatch.setattr(artefact, "find_spec", lambda name: None if name == "onnxscript" else object())

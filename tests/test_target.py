@@ -3,20 +3,21 @@
 import itertools
 import json
 import random
+from dataclasses import replace
 
 import pytest
 import tiny
 import yaml
 from click.testing import CliRunner
 
-from quantkit import pipeline
+from quantkit import pipeline, target
 from quantkit.cli import main
-from quantkit.errors import RecipeError
+from quantkit.errors import RecipeError, StoreError, WriteError
 from quantkit.formats import writer_of
 from quantkit.plan import make_plan
 from quantkit.recipe import Weights, load_recipe, size_in_bytes
 from quantkit.solve.budget import allocate
-from quantkit.target import extremes, scheme_bytes, ties
+from quantkit.target import Tie, extremes, pick, scheme_bytes, ties
 from quantkit.types import Scheme
 
 QUICK = {
@@ -49,7 +50,7 @@ def test_no_other_choice_within_the_budget_loses_less(seed):
     assert sum(of[i][1] for of, i in zip(options, picked, strict=True)) == pytest.approx(best)
 
 
-def test_large_budgets_are_filled_to_a_thousandth():
+def test_large_budgets_are_filled_to_half_a_percent():
     dice = random.Random(1)
     options = [[(size := dice.randint(10**7, 10**8), 1.0), (2 * size, dice.random())] for _ in range(200)]
     budget = round(1.5 * sum(of[0][0] for of in options))
@@ -102,6 +103,19 @@ def test_what_an_override_names_is_left_alone(tmp_path):
     override = [{"match": "mlp.down_proj", "weights": {"bits": 8}}]
     recipe, plan = plan_of(tmp_path, "llama", overrides=override)
     assert not any("down_proj" in leaves(tie) for tie in ties(recipe, plan))
+
+
+def test_what_is_served_with_a_linear_that_an_override_names_keeps_its_scheme_too(tmp_path):
+    recipe, plan = plan_of(tmp_path, "llama", overrides=[{"match": "self_attn.v_proj", "layers": [1], "weights": {"group": 32}}])
+    sets = [{(index, linear.local) for index, linear in tie.linears} for tie in ties(recipe, plan)]
+    assert any((0, "self_attn.q_proj") in one for one in sets)
+    assert not any((1, "self_attn.q_proj") in one for one in sets)
+
+
+def test_overrides_that_leave_nothing_to_pick(tmp_path):
+    recipe, plan = plan_of(tmp_path, "llama", overrides=[{"match": "*", "weights": {"bits": 8}}])
+    with pytest.raises(RecipeError, match="leave nothing to pick"):
+        ties(recipe, plan)
 
 
 @pytest.mark.parametrize("form", ["compressed-tensors", "gguf"])
@@ -209,6 +223,55 @@ def test_damaged_notes_are_measured_anew(tmp_path):
     assert quantized(tmp_path, source, target_bits=6.0).report["target"] == first.report["target"]
 
 
+def test_a_format_is_added_only_where_it_has_the_same_schemes(tmp_path):
+    """Other choices, or bytes counted in another file, are another run: its blocks are not read as if they had these schemes."""
+    pytest.importorskip("gguf")
+    source = tiny.build("llama", tmp_path / "model", num_hidden_layers=1)
+    first = quantized(tmp_path, source, target_bits=6.0)
+    with pytest.raises(StoreError, match=r"holds another run.*target '6\.0 in compressed-tensors'"):
+        quantized(tmp_path, source, target_bits=6.0, formats=["gguf"])
+    both = quantized(tmp_path, source, target_bits=6.0, formats=["compressed-tensors", "gguf"])
+    assert both.report["target"] == first.report["target"]
+    assert both.report["blocks"] == first.report["blocks"]
+    size = first.bytes["compressed-tensors"]
+    quantized(tmp_path, source, "other", target_size=size)
+    with pytest.raises(StoreError, match=f"holds another run.*target '{size} in compressed-tensors'"):
+        quantized(tmp_path, source, "other", target_size=size, formats=["gguf", "compressed-tensors"])
+
+
+def test_the_card_tells_the_target_and_no_scheme_for_all(tmp_path):
+    source = tiny.build("llama", tmp_path / "model", num_hidden_layers=1)
+    card = (quantized(tmp_path, source, target_bits=6.0).artefacts["compressed-tensors"] / "README.md").read_text()
+    assert "compressed-tensors, schemes picked for 6.0 bits a weight" in card
+    assert "Schemes were picked for 6.0 bits a weight" in card
+    assert "\n- 4-bit\n" not in card
+
+
+@pytest.mark.parametrize("more", range(0, 96, 8))
+def test_the_smallest_size_that_can_be_kept_is(tmp_path, more, monkeypatch):
+    """A few bytes above the least: what a choice adds to a header must not end in a refusal."""
+    options = [[(100, 1.0), (104, 0.5)], [(100, 1.0), (140, 0.1)]]
+    recipe = load_recipe(recipe_file(tmp_path, target_size=1000 + more))
+    checkpoint = pipeline.open_checkpoint(str(tiny.build("llama", tmp_path / "model", num_hidden_layers=1)))
+    plan = make_plan(recipe, checkpoint.config, checkpoint.entries)
+    block = plan.blocks[0]
+    choices, schemes = (Weights(), Weights(bits=8)), (Scheme(4, 32, True), Scheme(8, 32, True))
+    sets = [Tie(((0, block.linears[i]),), choices, schemes, tuple(size for size, _ in of)) for i, of in enumerate(options)]
+    monkeypatch.setattr(target, "ties", lambda *_: sets)
+    monkeypatch.setattr(target, "_losses", lambda *_: [[loss for _, loss in of] for of in options])
+
+    def remade(chosen):
+        linears = tuple(replace(one, scheme=schemes[chosen.get((0, one.local), choices[0]).bits == 8]) for one in block.linears)
+        return replace(plan, blocks=(replace(block, linears=linears),))
+
+    def size_of(made):
+        eight = [linear.scheme.bits == 8 for linear in made.blocks[0].linears]
+        return 800 + sum(of[large][0] + 20 * large for of, large in zip(options, eight, strict=False))
+
+    made, _ = pick(recipe, plan, remade, size_of, None, [], tmp_path / "notes.json", None)
+    assert size_of(made) <= 1000 + more
+
+
 # --- Refusals --------------------------------------------------------------------------------------------------------------------
 
 
@@ -233,6 +296,22 @@ def test_what_cannot_be_kept_is_told_with_the_least(tmp_path):
 def test_recipes_that_contradict_themselves(tmp_path, changes, words):
     with pytest.raises(RecipeError, match=words):
         load_recipe(recipe_file(tmp_path, **changes))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"choices": [{"bits": 4}, {"grid": "iq4_nl"}]}, "that grid is GGUF's"),
+        ({"choices": [{"bits": 3}, {"bits": 8}], "formats": ["gguf"]}, "GGUF of w3 sym g32"),
+        ({"choices": [{"bits": 4, "symmetric": False}, {"bits": 8}]}, "zero points in a mix"),
+    ],
+)
+def test_choices_that_no_file_holds_are_refused_before_anything_runs(tmp_path, changes, words, monkeypatch):
+    source = tiny.build("llama", tmp_path / "model", num_hidden_layers=1)
+    monkeypatch.setattr(pipeline, "Skeleton", None)
+    with pytest.raises(WriteError, match=words):
+        pipeline.quantize(str(source), recipe=recipe_file(tmp_path, target_bits=6.0, **changes), output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_choice_that_fits_nothing(tmp_path):

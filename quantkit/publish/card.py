@@ -178,7 +178,7 @@ def _front_matter(about: Json, format: str, base_model: str | None, languages: l
     tags = [tag for card in cards.values() for tag in base_card.passed_on(card.meta).get("tags", ())]
     recipe, task = about["recipe"], next((str(card.meta["pipeline_tag"]) for card in cards.values() if card.meta.get("pipeline_tag")), "")
     ours = ["quantkit", format, recipe["method"]]
-    if about["blocks"] and recipe["weights"].get("grid", "integer") == "integer":
+    if about["blocks"] and not _target(recipe) and recipe["weights"].get("grid", "integer") == "integer":
         ours.append(f"{recipe['weights']['bits']}-bit")
     meta: Json = {"language": base.pop("language", None) or languages or None}
     meta |= {key: base.pop(key) for key in ("license", "license_name", "license_link") if key in base}
@@ -227,10 +227,19 @@ def _scheme(about: Json) -> str:
     weights = about["recipe"]["weights"]
     if not about["blocks"] or not any(block["linears"] for block in about["blocks"]):
         return "nothing quantized"
+    if target := _target(about["recipe"]):
+        return f"schemes picked for {target}"
     if weights.get("grid", "integer") != "integer":
         return str(weights["grid"])
     group = "one scale a row" if weights["group"] == "row" else f"groups of {weights['group']}"
     return f"{weights['bits']} bits, {'symmetric' if weights['symmetric'] else 'asymmetric'}, {group}"
+
+
+def _target(recipe: Json) -> str:
+    """What each linear's scheme was picked for; "" where the recipe gives the scheme."""
+    if recipe.get("target_size"):
+        return f"{recipe['target_size']:,} bytes"
+    return f"{recipe['target_bits']} bits a weight" if recipe.get("target_bits") else ""
 
 
 def _method(recipe: Json, quantized: bool) -> str:
@@ -246,6 +255,8 @@ def _method(recipe: Json, quantized: bool) -> str:
     if search["stages"]:
         steps.append("stage by stage, each on inputs that carry the rounding before it")
     made = f"One decoder block at a time: {', '.join(steps)}."
+    if target := _target(recipe):
+        made = f"Schemes were picked for {target}, each by what it changes in its block's output, in place of one for all. {made}"
     return f"{made} Every fold was proven on the block itself; nothing worse than plain rounding is kept."
 
 

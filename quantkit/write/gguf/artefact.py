@@ -1,5 +1,6 @@
 """The folder of one GGUF: a file that llama.cpp, Ollama and LM Studio open by itself."""
 
+import builtins
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -63,18 +64,22 @@ class GgufFile:
     @cached_property
     def bytes(self) -> int:
         """Exact bytes of the file."""
+        return _aligned(len(self._head)) + sum(_aligned(slot.bytes) for slot in self.layout.slots)
+
+    @cached_property
+    def _head(self) -> builtins.bytes:
+        """All that stands in front of the tensors."""
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "head.gguf"
             self._begun(path).close()
-            head = path.stat().st_size
-        return _aligned(head) + sum(_aligned(slot.bytes) for slot in self.layout.slots)
+            return path.read_bytes()
 
     def write_ready(self) -> list[Path]:
         """Write the file if every block is in the store and it is not written yet."""
         assert self._store is not None
         assert self.folder is not None
         path = self.folder / self.file
-        if not all(block.index in self._store for block in self.plan.blocks) or (path.exists() and path.stat().st_size == self.bytes):
+        if not all(block.index in self._store for block in self.plan.blocks) or self._written(path):
             return []
         with replacing(path) as temporary:
             writer = self._begun(temporary)
@@ -84,6 +89,13 @@ class GgufFile:
             with open(temporary, "rb+") as file:
                 os.fsync(file.fileno())
         return [path]
+
+    def _written(self, path: Path) -> bool:
+        """Is this the file? Types and keys may have changed since, in no more and no fewer bytes; they all stand in its head."""
+        if not path.exists() or path.stat().st_size != self.bytes:
+            return False
+        with open(path, "rb") as file:
+            return file.read(len(self._head)) == self._head
 
     def finish(self) -> None:
         """Nothing stands beside the file that is not in it."""

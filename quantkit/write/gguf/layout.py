@@ -89,11 +89,13 @@ class Layout:
     def _check(self, types: Mapping[str, str | Sequence[str]]) -> None:
         for pattern in types:
             if pattern not in self._matched and not fnmatch.filter(OPTIONAL, pattern):
-                free = [slot.name for slot in self.slots if not slot.solved]
+                free = [
+                    slot.name.removesuffix(".weight") for slot in self.slots if not slot.solved and self._takes_types(slot.name, slot.shape)
+                ]
                 near = difflib.get_close_matches(pattern, free, n=1, cutoff=0.0)[0]
                 raise WriteError(
-                    f"gguf: types: {pattern!r} matches no tensor that the recipe leaves unquantized; the nearest is {near!r} "
-                    "(what it quantizes has its type from its scheme)"
+                    f"gguf: types: {pattern!r} matches no matrix that the recipe leaves unquantized; the nearest is {near!r} "
+                    "(what it quantizes has its type from its scheme; vectors, norms and routers are F32)"
                 )
         names = [slot.name for slot in self.slots]
         if len(set(names)) != len(names):
@@ -111,14 +113,24 @@ class Layout:
         stacks: dict[str, list[str]] = {}
         for name in self.plan.kept:
             local = outside_block(name)
-            tied = local == "lm_head.weight" and self.config.get("tie_word_embeddings")
-            if not tied and (target := self._name(local)):
+            if local == "lm_head.weight" and self.config.get("tie_word_embeddings"):
+                self._check_tied(name)
+            elif target := self._name(local):
                 stacks.setdefault(target, []).append(name)
         for target, names in stacks.items():
             yield self._floats(target, names, [partial(self._copied, name) for name in names])
         if factors := self.table.rope_factors(self.config):
             values = ggml.round_rows(torch.tensor([factors]), "F32")
             yield Slot("rope_freqs.weight", "F32", (len(factors),), lambda: iter([values]))
+
+    def _check_tied(self, head: str) -> None:
+        """A head that is tied is not written; transformers unties one whose weights differ, whatever config.json says."""
+        embeddings = next(name for name in self.plan.kept if outside_block(name) == "embed_tokens.weight")
+        if self._checkpoint is not None and not torch.equal(self._source.view(head), self._source.view(embeddings)):
+            raise WriteError(
+                f"{head}: differs from {embeddings}, though config.json ties the two; set tie_word_embeddings to false there (or drop the "
+                "head, if it is a leftover)"
+            )
 
     def _tensors(self, block: BlockPlan) -> dict[str, str]:
         whole = {f"{linear.local}.weight": linear.source.tensor for linear in block.linears if linear.source.expert is None}
@@ -203,8 +215,7 @@ class Layout:
         return Slot(name, kind, shape, read)
 
     def _float_type(self, name: str, shape: tuple[int, ...], own: str) -> str:
-        weights = name.endswith(".weight") and not name.endswith(("norm.weight", "ffn_gate_inp.weight"))
-        if len(shape) < 2 or not weights or name.endswith(self.table.float32):
+        if not self._takes_types(name, shape):
             return "F32"
         for pattern in reversed(list(self.types)):
             if fnmatch.fnmatchcase(name.removesuffix(".weight"), pattern):
@@ -218,6 +229,11 @@ class Layout:
                     )
                 return wanted
         return own
+
+    def _takes_types(self, name: str, shape: tuple[int, ...]) -> bool:
+        """Is it a matrix that llama.cpp reads in other types than F32?"""
+        weights = name.endswith(".weight") and not name.endswith(("norm.weight", "ffn_gate_inp.weight"))
+        return len(shape) > 1 and weights and not name.endswith(self.table.float32)
 
     def _rounded(self, name: str, rows: Tensor, kind: str) -> Tensor:
         if bool(rows.isnan().any()):

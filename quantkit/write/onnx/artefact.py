@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import torch
 
 from quantkit.errors import CheckpointError, WriteError
 from quantkit.families.family import TOWERS, matches, outside_block
+from quantkit.model.blocks import text_defaults
 from quantkit.model.checkpoint import TensorSource
 from quantkit.model.decoder import Decoder, text_shapes
 from quantkit.store import Store, replacing
@@ -37,7 +39,7 @@ class OnnxFolder:
         checkpoint, store, folder: left out where only sizes are asked for.
 
     Raises:
-        WriteError: a scheme that the format does not hold, or the onnx packages are not installed.
+        WriteError: a scheme or frequencies that the format does not hold, or the onnx packages are not installed.
         CheckpointError: the plan lacks a tensor of the model.
     """
 
@@ -53,6 +55,12 @@ class OnnxFolder:
     ):
         if not all(find_spec(library) for library in LIBRARIES):
             raise WriteError("the format onnx needs the onnx packages: pip install 'quantkit[onnx]'")
+        rope = text_defaults(config).get("rope_parameters") or {}
+        if "dynamic" in [one.get("rope_type") for one in (rope, *rope.values()) if isinstance(one, Mapping)]:
+            raise WriteError(
+                "config.json: rope_parameters dynamic: its frequencies change with the length of the text, which a graph cannot hold; "
+                "no onnx folder is written"
+            )
         self.plan, self.config, self.accuracy_level, self.folder = plan, config, accuracy_level, folder
         self._checkpoint, self._store = checkpoint, store
         self.layout = Layout(plan, text_shapes(json.dumps(config, sort_keys=True)), embeddings, checkpoint, store)
