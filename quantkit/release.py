@@ -114,6 +114,7 @@ def publish(
     Raises:
         QuantkitError: a folder that should not be published, or an upload that broke off (the same call goes on).
     """
+    hub.check_name(repo_id)  # before many gigabytes are read
     artefact = open_artefact(folder)
     refusals = hub.refusals(artefact, checks.verify(artefact))
     if refusals and dry_run:

@@ -54,7 +54,14 @@ class Suite(_Strict):
 Portion = Annotated[float, Field(ge=0, le=1)]
 
 
-class DivergenceGate(_Strict):
+class _Demands(_Strict):
+    @property
+    def demands(self) -> list[str]:
+        """What is demanded, by name."""
+        return [name for name, value in self.model_dump().items() if value is not None]
+
+
+class DivergenceGate(_Demands):
     """Budgets, in nats; an upper bound from a bootstrap over documents must keep them."""
 
     kl_mean: Annotated[float, Field(ge=0)] | None = None
@@ -64,7 +71,7 @@ class DivergenceGate(_Strict):
     bits_per_byte: Annotated[float, Field(ge=0)] | None = None  # at most so many more than the baseline's
 
 
-class ItemsGate(_Strict):
+class ItemsGate(_Demands):
     """Non-inferiority on items that both models answered."""
 
     margin: Portion | None = None  # of accuracy, all items together
@@ -84,6 +91,6 @@ class Gate(_Strict):
 
     @model_validator(mode="after")
     def _demands_something(self) -> "Gate":
-        if not self.divergence.model_fields_set | self.items.model_fields_set:
+        if not self.divergence.demands + self.items.demands:
             raise ValueError("an empty gate: give divergence or items")
         return self

@@ -62,6 +62,11 @@ def report() -> dict[str, Any]:
     return found
 
 
+def weights(folder: Path) -> dict[str, str]:
+    """Digests of the weights that were quantized, as an evaluation beside them tells."""
+    return {name: digest for name, digest in open_artefact(folder).manifest["inputs"].items() if name.endswith(".safetensors")}
+
+
 def evaluate(folder: Path, verdict: str = "PASS", name: str = "eval.json", **changes: Any) -> dict[str, Any]:
     """An evaluation of these very files, in the form of `quantkit eval --output`, beside the run's report."""
     row = {
@@ -82,7 +87,7 @@ def evaluate(folder: Path, verdict: str = "PASS", name: str = "eval.json", **cha
         "engine": {"name": "transformers"},
         "versions": {"transformers": "5.23.0"},
         "baseline_engine": {"name": "transformers"},
-        "digests": {"artefact": open_artefact(folder).digest},
+        "digests": {"artefact": open_artefact(folder).digest, "weights": weights(folder)},
         "divergence": row,
         "divergence_by_language": {"en": row, "fr": alone},
         "divergence_by_domain": {"stem": row},

@@ -219,3 +219,17 @@ def test_a_long_body_takes_no_time(part):
     began = time.process_time()
     Body("o/n").render(part * 3000)
     assert time.process_time() - began < 2
+
+
+@pytest.mark.parametrize(
+    "definition",
+    ["[y]:\njavascript:alert(1)", "> [y]: javascript:alert(1)", "> [y]:\n> javascript:alert(1)",
+     "- [y]: javascript:alert(1)", "[y\\]]: javascript:alert(1)"],
+)  # fmt: skip
+def test_definitions_lead_nowhere_wherever_they_stand(definition):
+    label = "y\\]" if "y\\]" in definition else "y"
+    reader = MarkdownIt("commonmark")
+    reader.validateLink = lambda address: True  # type: ignore[method-assign]
+    page = reader.render(Body("a/b").render(f"{definition}\n\n[x][{label}]"))
+    assert "javascript" not in page
+    assert "https://huggingface.co/a/b/blob/main/x.md" in Body("a/b").render(definition.replace("javascript:alert(1)", "x.md"))

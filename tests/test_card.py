@@ -14,6 +14,7 @@ from markdown_it import MarkdownIt
 
 from quantkit.cli import main
 from quantkit.errors import PublishError
+from quantkit.publish.artefact import open_artefact
 from quantkit.publish.card import plain, stated, write_card
 from quantkit.release import verify
 
@@ -163,6 +164,15 @@ def test_an_evaluation_of_other_files_is_not(folder):
     assert card(folder.parent).exit_code == 0
     assert "not evaluated in an engine" in written(folder)
     assert "suite quick" in written(folder.parent / "gguf")
+
+
+@pytest.mark.parametrize("weights", [None, {}, {"model.safetensors": "sha256:0"}])
+def test_an_evaluation_beside_another_model_is_none_beside_the_original(weights, folder):
+    """Beside itself any artefact is perfect."""
+    published.evaluate(folder, digests={"artefact": open_artefact(folder).digest, "weights": weights})
+    assert card(folder).exit_code == 0
+    assert "not evaluated in an engine" in written(folder)
+    assert "Gate:" not in written(folder)
 
 
 # --- Base cards as they come ------------------------------------------------------------------------------------------------------

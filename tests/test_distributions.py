@@ -87,6 +87,18 @@ def test_kept_distributions_survive_the_disk(tmp_path, following):
         assert torch.equal(difference(one, q[:n], following[:n]).kl, difference(two, q[:n], following[:n]).kl)
 
 
+def test_a_rest_beyond_a_double_is_far_and_not_infinitely(following):
+    base = torch.zeros(len(following), 64)
+    base[:, :4] = 3.0  # these are kept
+    base = base.log_softmax(-1)
+    other = torch.full((len(following), 64), -2000.0)
+    other[:, 0] = 0.0  # e^-2000 is no double
+    found, whole = (difference(keep(base, following % 64, tail, most), other, following % 64) for tail, most in ((1e-4, 4), (0.0, 64)))
+    assert bool((found.kl > 1000).all())
+    assert bool((found.kl <= whole.kl + 1e-3).all())
+    assert bool((whole.kl <= found.kl + found.bound + 1e-3).all())
+
+
 def test_a_damaged_or_older_cache_is_no_cache(tmp_path, following, monkeypatch):
     path = tmp_path / "k.safetensors"
     assert cache.load_kept(path) is None

@@ -98,11 +98,17 @@ def test_without_a_template_texts_follow_each_other(without_bos, monkeypatch):
     assert (text, how) == ("One.\n\nTwo.", docs.PLAIN)
 
 
+def test_two_documents_of_one_name_are_refused(tokenizer, tmp_path):
+    (tmp_path / "d.jsonl").write_text('{"id": "a", "text": "one"}\n{"id": "a", "text": "two"}\n')
+    with pytest.raises(EvaluationError, match="'a' stands twice"):
+        docs.read_documents([tmp_path / "d.jsonl"], tokenizer)
+
+
 def test_other_tokenizers_are_refused(tokenizer, without_bos):
     rows = docs.make_rows([docs.Document("d", TEXT, {})], tokenizer, 64)
-    docs.same_tokens(rows, tokenizer, transformers.AutoTokenizer.from_pretrained(reference_model()))
+    docs.same_tokens(rows.documents, tokenizer, transformers.AutoTokenizer.from_pretrained(reference_model()))
     with pytest.raises(EvaluationError, match="different tokenizers"):
-        docs.same_tokens(rows, tokenizer, without_bos)
+        docs.same_tokens(rows.documents, tokenizer, without_bos)
 
 
 @pytest.mark.parametrize(

@@ -92,6 +92,65 @@ def test_an_identical_model_is_exactly_itself(suite, cache):
     json.dumps(found.report, allow_nan=False)
 
 
+@pytest.mark.parametrize("kind", ["choice", "answer"])
+def test_items_alone_do_not_pass_by_chance_without_numbers(kind, monkeypatch, cache, tmp_path):
+    real = session.open_engine
+    monkeypatch.setattr(session, "open_engine", lambda name, a, b, threads: Broken() if a != b else real(name, a, b, threads))
+    first = {**ITEMS[0], "correct": 0} if kind == "choice" else ITEMS[1]  # the first choice is what NaN would choose
+    (tmp_path / "items.jsonl").write_text("\n".join(json.dumps({**first, "id": f"n-{n}"}) for n in range(3)))
+    (tmp_path / "s.yaml").write_text("description: x\ndocuments: null\nitems: {path: items.jsonl, answer_tokens: 2}\n")
+    found = run(REFERENCE.parent / "reference" / ".." / "reference", str(tmp_path / "s.yaml"), cache, "smoke")
+    assert found.verdict == "FAIL"
+    checks = {check["name"]: check["verdict"] for check in found.report["gate"]["checks"]}
+    assert checks["logits that are no numbers"] == "FAIL"
+    assert checks["items whose logits are no numbers"] == ("FAIL" if kind == "choice" else "PASS")
+    json.dumps(found.report, allow_nan=False)
+
+
+def test_a_baseline_without_numbers_is_an_error(monkeypatch, tmp_path):
+    real = session.open_engine
+    monkeypatch.setattr(session, "open_engine", lambda name, a, b, threads: Broken() if a == b else real(name, a, b, threads))
+    (tmp_path / "items.jsonl").write_text(json.dumps(ITEMS[0]))
+    (tmp_path / "s.yaml").write_text("description: x\ndocuments: null\nitems: {path: items.jsonl}\n")
+    with pytest.raises(EvaluationError, match="baseline's own logits"):
+        run(REFERENCE.parent / "reference" / ".." / "reference", str(tmp_path / "s.yaml"), tmp_path)
+
+
+@pytest.mark.parametrize("demand", ["items: {call_margin: 0.02}", "divergence: {kl_mean_group: 0.1}"])
+def test_a_demand_that_nothing_asked_answers_is_an_error(demand, cache, tmp_path):
+    """Documents without labels and items without tools are there, and say nothing of what is demanded."""
+    (tmp_path / "gate.yaml").write_text(f"description: x\n{demand}\n")
+    (tmp_path / "items.jsonl").write_text(json.dumps(ITEMS[0]))
+    (tmp_path / "texts.jsonl").write_text('{"text": "a text in no language"}')
+    (tmp_path / "s.yaml").write_text("description: x\ndocuments: texts.jsonl\nitems: {path: items.jsonl}\n")
+    with pytest.raises(EvaluationError, match="asks nothing of the kind"):
+        run(REFERENCE, str(tmp_path / "s.yaml"), cache, str(tmp_path / "gate.yaml"))
+
+
+def test_an_artefact_without_its_tokenizer_is_an_error(cache, tmp_path):
+    folder = Path(shutil.copytree(REFERENCE, tmp_path / "bare"))
+    (folder / "tokenizer.json").unlink()
+    (folder / "tokenizer_config.json").unlink()
+    with pytest.raises(EvaluationError, match="tokenizer"):
+        run(folder, "divergence", cache, limit=2)
+
+
+def test_a_run_stored_beside_another_baseline_is_refused(cache):
+    stored = run(REFERENCE, "divergence", cache, limit=2).report["stored"]
+    assert "stored run" in str([c["name"] for c in run(REFERENCE, "divergence", cache, limit=2, stored=stored).report["gate"]["checks"]])
+    with pytest.raises(EvaluationError, match="another baseline"):
+        run(REFERENCE, "divergence", cache, limit=2, stored={**stored, "baseline_digest": "0"})
+
+
+def test_an_edited_task_of_ones_own_is_another_question(tmp_path):
+    task = tmp_path / "ours.yaml"
+    task.write_text("task: ours\n")
+    suite = Suite(name="x", description="", documents=None, harness={"tasks": ["ours"], "include": str(tmp_path)})
+    first = session._harness_key(suite)
+    task.write_text("task: ours\ndoc_to_text: other\n")
+    assert session._harness_key(suite) != first
+
+
 def test_an_identical_model_passes_on_documents_alone(cache):
     found = run(REFERENCE, "divergence", cache, "strict", limit=4)
     assert (found.verdict, found.exit_code) == ("PASS", 0)

@@ -150,7 +150,7 @@ def test_other_items_do_not_pair():
 
 def test_a_run_beside_the_stored_one():
     now, rows = tokens(0.03), items(50, 0, 0)[1]
-    about = {"artefact": "a", "baseline": "b", "suite": "s", "engine": {}, "versions": {}}
+    about = {"artefact": "a", "baseline": "b", "suite": "s", "engine": {}, "versions": {}, "digests": {"baseline": "0"}}
     stored = json.loads(json.dumps(judge.stored_run(about, now, rows)))
     assert all(check.verdict == PASS for check in judge.beside_stored(ALL, stored, now, rows))
     worse = Tokens(*(getattr(now, name) if name != "kl" else now.kl * 1.3 for name in Tokens.__dataclass_fields__))
@@ -161,6 +161,12 @@ def test_a_run_beside_the_stored_one():
         judge.beside_stored(ALL, stored, tokens(0.03, documents=19), rows)
     with pytest.raises(EvaluationError, match="other items"):
         judge.beside_stored(ALL, stored, now, rows[1:])
+    unread = {name: {**row, "kl": math.nan} for name, row in stored["documents"].items()}
+    for documents, message in ((unread, "no numbers"), (None, "not what"), (dict.fromkeys(unread, 1), "not what")):
+        with pytest.raises(EvaluationError, match=message):
+            judge.beside_stored(ALL, {**stored, "documents": documents}, now, rows)
+    with pytest.raises(EvaluationError, match="other items"):
+        judge.beside_stored(ALL, {**stored, "items": None}, now, rows)
 
 
 # --- The files ---------------------------------------------------------------------------------------------------------------------
@@ -198,6 +204,7 @@ def test_a_suite_of_the_harness_by_name():
     [
         ("description: x\nmargin: 0.1", "unknown key 'margin'"),
         ("description: x", "an empty gate"),
+        ("description: x\ndivergence: {kl_mean: null}", "an empty gate"),
         ("description: x\nitems: {margin: 2}", "less than or equal to 1"),
         ("description: x\ndivergence: {kl_meen: 1}", "did you mean 'kl_mean'"),
         ("- a\n- b", "a mapping of keys"),

@@ -12,6 +12,7 @@ from stub_hub import TOKEN, Hub, Server
 from quantkit import release
 from quantkit.cli import main
 from quantkit.errors import PublishError
+from quantkit.publish.artefact import open_artefact
 from quantkit.publish.manifest import write_manifest
 
 
@@ -128,9 +129,10 @@ def test_a_dry_run_asks_nobody(hub, folder):
 
 @pytest.mark.parametrize("name", ["tiny", "a/b/c", "a b/c", "../x", ""])
 def test_a_name_that_is_none(name, hub, folder):
-    result = publish(folder, "--repo-id", name)
-    assert result.exit_code == 1
-    assert "owner/name" in result.stderr
+    for dry in ((), ("--dry-run",)):
+        result = publish(folder, "--repo-id", name, *dry)
+        assert result.exit_code == 1
+        assert "owner/name" in result.stderr
     assert hub.asked == []
 
 
@@ -170,6 +172,12 @@ def test_the_gate(verdict, goes, hub, folder):
     assert goes or f"gate: {verdict}" in result.stderr
     assert bool(hub.commits) == goes
     assert publish(folder, "--repo-id", "someone/tiny", "--force").exit_code == 0
+
+
+def test_a_gate_that_failed_beside_another_model_failed(hub, folder):
+    published.evaluate(folder, "FAIL", digests={"artefact": open_artefact(folder).digest, "weights": {"model.safetensors": "sha256:0"}})
+    assert publish(folder, "--repo-id", "someone/tiny").exit_code == 1
+    assert hub.commits == []
 
 
 def test_a_run_of_two_formats_asks_which(hub, tmp_path):

@@ -4,6 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import published
 import pytest
@@ -191,9 +192,31 @@ def boasting_card(folder: Path) -> str:
     return f"card: README.md: says size 0.10 MB, the weight files give {size}"
 
 
+def scheme_without_bits(folder: Path) -> str:
+    return _config(folder, lambda group: group["weights"].pop("num_bits"))
+
+
+def scheme_without_targets(folder: Path) -> str:
+    return _config(folder, lambda group: group.pop("targets"))
+
+
+def _config(folder: Path, change: Callable[[dict[str, Any]], object]) -> str:
+    config = json.loads((folder / "config.json").read_text())
+    change(next(iter(config["quantization_config"]["config_groups"].values())))
+    (folder / "config.json").write_text(json.dumps(config))
+    listed_anew(folder)
+    return "tensors: config.json: quantization_config cannot be read"
+
+
+def hidden_below(folder: Path) -> str:
+    (folder / "more").mkdir()
+    (folder / "more" / "config.json").write_text("{}")
+    return "files: more/config.json: not listed in quantkit.json"
+
+
 SPOILS = (
     a_byte, cut_short, missing_file, foreign_code, a_token, nan_scale, zero_scale, infinite_norm, wrong_shape, other_group, ignored, deeper,
-    lost_in_the_index, boasting_card,
+    lost_in_the_index, boasting_card, scheme_without_bits, scheme_without_targets, hidden_below,
 )  # fmt: skip
 
 
@@ -266,6 +289,25 @@ def test_no_artefact_is_one_line(what, tmp_path, folder):
     assert result.exit_code == 1
     assert len(result.stderr.splitlines()) == 1
     assert result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        (lambda m: m.pop("bits_per_weight"), "no bits_per_weight"),
+        (lambda m: m.pop("recipe"), "no recipe"),
+        (lambda m: m["files"].update({"config.json": "x"}), "no size and SHA-256 of config.json"),
+        (lambda m: m["files"].update({"../run.json": {"bytes": 1, "sha256": "0"}}), "'../run.json' lies outside"),
+    ],
+)
+def test_a_manifest_that_was_changed_is_one_line(change, says, folder):
+    manifest = json.loads((folder / "quantkit.json").read_text())
+    change(manifest)
+    (folder / "quantkit.json").write_text(json.dumps(manifest))
+    for command in (["verify", str(folder)], ["publish", str(folder), "--repo-id", "a/b", "--dry-run"]):
+        result = CliRunner().invoke(main, command)
+        assert (result.exit_code, len(result.stderr.splitlines())) == (1, 1), result.output
+        assert says in result.stderr
 
 
 # --- Who loads it -----------------------------------------------------------------------------------------------------------------
@@ -356,7 +398,7 @@ def test_a_distance_does_not_see_folds_and_sees_all_else():
 # --- ONNX, which another room will write -------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("what", ["good", "cut", "a NaN", "a block of 24", "no genai"])
+@pytest.mark.parametrize("what", ["good", "cut", "a NaN", "a block of 24", "no genai", "no graph"])
 def test_an_onnx_folder(what, tmp_path):
     onnx = pytest.importorskip("onnx", reason="the extra onnx")
     pytest.importorskip("onnx_ir", reason="the extra onnx")
@@ -378,6 +420,8 @@ def test_an_onnx_folder(what, tmp_path):
     onnx.save_model(model, folder / "model.onnx", **place)
     if what != "no genai":
         (folder / "genai_config.json").write_text("{}")
+    if what == "no graph":
+        (folder / "model.onnx").write_bytes(b"")
     if what == "cut":
         (folder / "model.onnx.data").write_bytes((folder / "model.onnx.data").read_bytes()[:-1])
     size = (folder / "model.onnx.data").stat().st_size
@@ -391,6 +435,7 @@ def test_an_onnx_folder(what, tmp_path):
         "a NaN": "scale: holds NaN",
         "a block of 24": "blocks of 24",
         "no genai": "genai_config.json: missing",
+        "no graph": "model.onnx: holds no tensor",
     }
     found = off(folder)
     assert [wrong.get(what, "?") in line for line in found] == [True] * (what != "good")

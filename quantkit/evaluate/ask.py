@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quantkit.errors import EvaluationError
 from quantkit.evaluate.answers import valid_calls
-from quantkit.evaluate.distributions import Difference, Kept, difference, keep
+from quantkit.evaluate.distributions import FLOOR, Difference, Kept, difference, is_finite, keep
 from quantkit.evaluate.documents import Rows, Window, begins_with, encode, render
 from quantkit.evaluate.engines.engine import Engine
 from quantkit.evaluate.items import Item
@@ -88,12 +88,16 @@ def ask_items(engine: Engine, questions: Questions, answer_tokens: int, tokenize
     scores: dict[int, dict[int, float]] = {}
     for number, log_p in engine.log_probs([row for row, _, _ in questions.options]):
         row, first, size = questions.options[number]
-        following = torch.tensor(row[first:])
-        total = float(log_p[first - 1 : -1].gather(1, following[:, None]).sum(dtype=torch.float64))
+        scored, following = log_p[first - 1 : -1], torch.tensor(row[first:])
         owner, choice = questions.owner[number]
-        scores.setdefault(owner, {})[choice] = total / size
+        if not bool(is_finite(scored).all()):
+            found[owner]["nonfinite"] = True
+        scores.setdefault(owner, {})[choice] = max(float(scored.gather(1, following[:, None]).sum(dtype=torch.float64)) / size, FLOOR)
         step(1)
     for number, by_choice in scores.items():
+        if "nonfinite" in found[number]:  # whatever choice stands first would win
+            found[number] |= {"chosen": None, "right": False}
+            continue
         values = [by_choice[choice] for choice in sorted(by_choice)]
         chosen = max(range(len(values)), key=values.__getitem__)
         found[number] |= {"chosen": chosen, "right": chosen == questions.items[number].correct, "scores": [round(v, 6) for v in values]}
@@ -119,19 +123,20 @@ def noise(engine: Engine, windows: Sequence[Window]) -> Json:
     chosen = sorted(windows, key=lambda window: (len(window.ids), window.document))
     rows = [chosen[len(chosen) * n // NOISE_ROWS].ids[:NOISE_TOKENS] for n in range(min(NOISE_ROWS, len(chosen)))]
     together = dict(engine.log_probs(rows))
-    largest, values, same = 0.0, [], []
+    largest, values, same, broken = 0.0, [], [], 0
     for number, row in enumerate(rows):
         alone = next(iter(engine.log_probs([row])))[1]
+        broken += int((~is_finite(alone)).sum())
         if not bool(alone.isfinite().any()) or not bool(together[number].isfinite().any()):
-            continue  # counted where it is scored
+            continue  # no numbers, no distance: `nonfinite` tells
         apart = difference(keep(together[number], _next(row), 0.0, engine.vocabulary), alone, _next(row))
         largest = max(largest, float(apart.kl.max()))
         values.append(apart.kl)
         same.append(apart.same_top)
     if not values:
-        return {"kl_mean": 0.0, "kl_max": 0.0, "same_top": 1.0, "tokens": 0}
+        return {"kl_mean": 0.0, "kl_max": 0.0, "same_top": 1.0, "tokens": 0, "nonfinite": broken}
     kl, top = torch.cat(values), torch.cat(same)
-    about = {"kl_mean": float(kl.mean()), "kl_max": largest, "same_top": float(top.double().mean()), "tokens": len(kl)}
+    about = {"kl_mean": float(kl.mean()), "kl_max": largest, "same_top": float(top.double().mean()), "tokens": len(kl), "nonfinite": broken}
     if about["kl_mean"] > NOISE:
         raise EvaluationError(
             f"{engine.name} disagrees with itself: the same tokens asked together and one by one differ by {about['kl_mean']:.2g} nats"

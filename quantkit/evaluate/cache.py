@@ -21,7 +21,7 @@ from quantkit.evaluate.distributions import Kept
 from quantkit.report import write_json
 from quantkit.types import Json
 
-LAYOUT = 1  # of the files; another number makes all others stale
+LAYOUT = 2  # of the files; another number makes all others stale
 MODEL_FILES = (".safetensors", ".gguf", ".onnx", ".data", ".json", ".jinja", ".model")
 _seen: dict[tuple[str, int, int], str] = {}  # digests of files within this process
 

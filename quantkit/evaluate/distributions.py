@@ -118,7 +118,8 @@ def _at(log_p: Tensor, following: Tensor) -> Tensor:
 
 
 def _log_rest(log_p: Tensor, counts: Tensor, ids: Tensor) -> Tensor:
-    """Log of the probability of all tokens that were not kept, summed one by one: a difference of sums would lose a small rest."""
-    rest = log_p.double().exp()
-    rest[_rows(counts), ids.long()] = 0.0
-    return torch.where(counts == log_p.shape[1], -torch.inf, rest.sum(-1).log())
+    """Log of the probability of all tokens that were not kept, summed one by one: a difference of sums would lose a small rest, and a
+    rest that no double holds would lie infinitely far."""
+    rest = log_p.double()
+    rest[_rows(counts), ids.long()] = -torch.inf
+    return torch.where(counts == log_p.shape[1], -torch.inf, rest.logsumexp(-1))

@@ -8,6 +8,7 @@ scored. Bits per byte count the UTF-8 bytes of the text whose tokens were scored
 """
 
 import json
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -87,6 +88,9 @@ def read_documents(paths: Sequence[Path], tokenizer: Any) -> list[Document]:
     documents = [document for document in documents if document.text]
     if not documents:
         raise EvaluationError(f"{', '.join(map(str, paths)) or 'documents'}: no text to score")
+    doubled = next((name for name, count in Counter(document.id for document in documents).items() if count > 1), None)
+    if doubled is not None:  # a stored run knows documents by their names
+        raise EvaluationError(f"{', '.join(map(str, paths))}: the id {doubled!r} stands twice")
     return documents
 
 
@@ -207,7 +211,7 @@ def split(ids: Sequence[int], window: int, bos: str, start: int | None) -> Itera
         yield tuple(whole[begin:end]), at - begin
 
 
-def same_tokens(rows: Rows, ours: Any, theirs: Any) -> None:
+def same_tokens(documents: Sequence[Document], ours: Any, theirs: Any) -> None:
     """Refuse to compare distributions over different tokens.
 
     Raises:
@@ -215,7 +219,7 @@ def same_tokens(rows: Rows, ours: Any, theirs: Any) -> None:
     """
     if ours.get_vocab() != theirs.get_vocab():
         raise EvaluationError("artefact and baseline have different tokenizers; KL and flips need one and the same vocabulary")
-    for document in rows.documents:
+    for document in documents:
         one, two = (list(t(document.text, add_special_tokens=False, verbose=False)["input_ids"]) for t in (ours, theirs))
         if one != two:
             raise EvaluationError(f"artefact and baseline tokenize {document.id!r} differently; a baseline of another tokenizer?")

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from quantkit.errors import EvaluationError
+from quantkit.evaluate.distributions import is_finite
 from quantkit.evaluate.documents import begins_with, split
 from quantkit.evaluate.engines.engine import Engine
 from quantkit.suites import Harness
@@ -68,6 +69,8 @@ class EngineLM(TemplateLM):
         for number, log_p in self.engine.log_probs(rows):
             ends = torch.tensor(requests[number][2])
             part = log_p[len(rows[number]) - len(ends) - 1 : -1]
+            if not bool(is_finite(part).all()):
+                raise EvaluationError(f"{self.engine.name} gives logits that are no numbers; a task's answers would be chance")
             greedy = bool((part.argmax(-1) == ends).all())
             found[number] = float(part.gather(1, ends[:, None]).sum(dtype=torch.float64)), greedy
         return found

@@ -85,11 +85,15 @@ def beside_stored(gate: Gate, stored: Json, tokens: Tokens | None, items: Sequen
     """
     checks = []
     if tokens is not None:
-        old = stored.get("documents", {})
-        now = dict(zip(tokens.names, zip(tokens.sums(tokens.kl), tokens.counts, strict=True), strict=True))
-        if old.keys() != now.keys() or any(int(old[name]["tokens"]) != int(now[name][1]) for name in now):
-            raise EvaluationError("the stored run scored other documents or tokens; store one of this suite, model and limit")
-        before = np.array([old[name]["kl"] for name in tokens.names])
+        old, now = stored.get("documents", {}), dict(zip(tokens.names, tokens.counts, strict=True))
+        try:
+            if old.keys() != now.keys() or any(int(old[name]["tokens"]) != int(now[name]) for name in now):
+                raise EvaluationError("the stored run scored other documents or tokens; store one of this suite, model and limit")
+            before = np.array([float(old[name]["kl"]) for name in tokens.names])
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise EvaluationError("the stored run's documents are not what `quantkit eval --store` writes") from None
+        if not np.isfinite(before).all():  # beside them nothing would be worse
+            raise EvaluationError("the stored run's KL are no numbers")
         more = tokens.sums(tokens.kl) - before * tokens.counts
         mean = float((before * tokens.counts).sum() / tokens.counts.sum())
         low, high = mean_bounds(more, tokens.counts, gate.confidence)
@@ -99,7 +103,7 @@ def beside_stored(gate: Gate, stored: Json, tokens: Tokens | None, items: Sequen
         checks.append(Check("mean KL more than the stored run's", verdict, found, limit, (low, high), None, "documents"))
     if items:
         old_items = stored.get("items", {})
-        if old_items.keys() != {item["id"] for item in items}:
+        if not isinstance(old_items, Mapping) or old_items.keys() != {item["id"] for item in items}:
             raise EvaluationError("the stored run asked other items; store one of this suite and limit")
         pairs = Pairs.of([bool(old_items[item["id"]]) for item in items], [bool(item["right"]) for item in items])
         checks.append(alarms("accuracy beside the stored run", {"all items": pairs}, 0.0, gate.confidence))
@@ -109,6 +113,7 @@ def beside_stored(gate: Gate, stored: Json, tokens: Tokens | None, items: Sequen
 def stored_run(about: Json, tokens: Tokens | None, items: Sequence[Json]) -> Json:
     """What a later run is compared with: small enough for a repository."""
     stored: Json = {key: about[key] for key in ("artefact", "baseline", "suite", "engine", "versions")}
+    stored["baseline_digest"] = about["digests"]["baseline"]
     if tokens is not None:
         kl = tokens.sums(tokens.kl) / tokens.counts
         rows = zip(tokens.names, tokens.counts, kl, strict=True)

@@ -19,10 +19,10 @@ from quantkit.errors import EvaluationError
 from quantkit.evaluate import cache as stores
 from quantkit.evaluate.ask import Questions, ask_items, baseline, compare_rows, make_questions, noise
 from quantkit.evaluate.distributions import Kept
-from quantkit.evaluate.documents import Rows, find_files, load_tokenizer, make_rows, read_documents, same_tokens
+from quantkit.evaluate.documents import Document, Rows, find_files, load_tokenizer, make_rows, read_documents, same_tokens
 from quantkit.evaluate.engines import choose, find_artefact, open_engine
 from quantkit.evaluate.engines.engine import Engine
-from quantkit.evaluate.gate import EXIT_CODES, verdict_of
+from quantkit.evaluate.gate import EXIT_CODES, none_of, verdict_of
 from quantkit.evaluate.items import Item, read_items
 from quantkit.evaluate.judge import beside_stored, of_items, of_tokens, pairs_by, stored_run
 from quantkit.evaluate.metrics import Tokens
@@ -114,8 +114,8 @@ def evaluate(
         raise EvaluationError(f"{original}: the baseline is a folder with config.json and tokenizer")
     with clock.phase("tokenizing"):
         asked = _asked(suite, load_tokenizer(original), limit)
-        if artefact.is_dir() and (artefact / "tokenizer.json").is_file():
-            same_tokens(asked.rows or Rows((), (), (), ()), asked.tokenizer, load_tokenizer(artefact))
+        if artefact.is_dir():  # of a GGUF the engine is asked
+            same_tokens(_texts(asked), asked.tokenizer, load_tokenizer(artefact))
     answers = _baseline(asked, original, base_engine, limit, cache or stores.default_folder(), threads, clock)
 
     with clock.phase(f"opening {chosen}"):
@@ -135,8 +135,10 @@ def evaluate(
         about: Json = {"engine": {"name": opened.name, "whole_vocabulary": opened.whole, **opened.about}}
     finally:
         opened.close()
-    if tokens is not None and int((~tokens.finite_base).sum()):
-        raise EvaluationError(f"{original}: the baseline's own logits are no numbers at {int((~tokens.finite_base).sum())} tokens")
+    broken = int((~tokens.finite_base).sum()) if tokens is not None else answers.noise["nonfinite"]
+    broken += sum("nonfinite" in item for item in answers.items)
+    if broken:
+        raise EvaluationError(f"{original}: the baseline's own logits are no numbers at {broken} tokens or items")
 
     about = {
         "artefact": artefact.parent.name if artefact.name in ("compressed-tensors", "gguf", "onnx") else artefact.name,
@@ -147,7 +149,11 @@ def evaluate(
         "baseline_engine": {"name": base_engine, "cached": answers.cached, **answers.about},
         "noise": {"artefact": own, "baseline": answers.noise},
         "convention": _convention(asked),
-        "digests": {"artefact": stores.model_digest(artefact), "baseline": stores.model_digest(original)},
+        "digests": {
+            "artefact": stores.model_digest(artefact),
+            "baseline": stores.model_digest(original),
+            "weights": {path.name: f"sha256:{stores.file_digest(path)}" for path in sorted(original.glob("*.safetensors"))},
+        },
         "limit": limit,
     }
     sure = gate.confidence if gate else 0.95
@@ -163,8 +169,11 @@ def evaluate(
     verdict = None
     if gate is not None:
         with clock.phase("judging"):
-            checks = _checks(gate, tokens, base_items, all_items)
-            checks += beside_stored(gate, stored, tokens, all_items) if stored else []
+            checks = _checks(gate, tokens, base_items, all_items, own["nonfinite"])
+            if stored is not None:
+                if stored.get("baseline_digest") not in (None, about["digests"]["baseline"]):  # None: stored before it was told
+                    raise EvaluationError(f"the stored run was judged beside another baseline ({stored.get('baseline')})")
+                checks += beside_stored(gate, stored, tokens, all_items)
         verdict = verdict_of(checks)
         about["gate"] = {"name": gate.name, "confidence": gate.confidence, "verdict": verdict, "checks": [c.as_json() for c in checks]}
         about["gate"]["lines"] = [check.line() for check in checks]
@@ -212,7 +221,7 @@ def _baseline(asked: Asked, original: Path, engine: str, limit: int | None, fold
         key = stores.digest(
             stores.LAYOUT, stores.model_digest(original), engine, report.versions(), threads, asked.windows, suite.tail, suite.most,
             _answer_tokens(suite), [item.id for item in asked.questions.items] if asked.questions else [],
-            suite.harness.model_dump() if suite.harness else None, limit,
+            _harness_key(suite), limit,
         )  # fmt: skip
     results, kept = stores.load_results(folder / f"{key}.json"), stores.load_kept(folder / f"{key}.safetensors") if asked.rows else []
     if results is not None and kept is not None:
@@ -235,13 +244,22 @@ def _baseline(asked: Asked, original: Path, engine: str, limit: int | None, fold
     return Answers(kept, items, harness, about, own, False)
 
 
+def _harness_key(suite: Suite) -> Any:
+    """What decides the harness's questions: settings, the window, and every file of a folder of one's own tasks."""
+    if suite.harness is None:
+        return None
+    own = Path(suite.harness.include) if suite.harness.include else None
+    files = sorted(path for path in own.rglob("*") if path.is_file()) if own else []
+    return [suite.harness.model_dump(), suite.window, [(str(path.relative_to(own)), stores.file_digest(path)) for path in files if own]]
+
+
 def _rejudged(answers: Answers, asked: Asked) -> Answers:
     """Verdicts of stored answers by today's rules: only what the model said is kept, not what we thought of it."""
     from quantkit.evaluate.answers import valid_calls
 
     for item, row in zip(asked.questions.items if asked.questions else (), answers.items, strict=True):
         if item.kind == "choice":
-            row["right"] = row["chosen"] == item.correct
+            row["right"] = row["chosen"] == item.correct  # None where logits were no numbers
         else:
             row["right"] = item.judge(row["text"])
         if item.kind == "call":
@@ -258,18 +276,16 @@ def _harness(engine: Engine, asked: Asked, limit: int | None, clock: Clock) -> l
         return run_harness(engine, asked.tokenizer, asked.suite.harness, load_benchmarks(), limit, asked.suite.window)
 
 
-def _checks(gate: Gate, tokens: Tokens | None, base: Sequence[Json], items: Sequence[Json]) -> list[Any]:
-    """Fail closed: what a gate demands must have been asked, or there is no verdict."""
-    wanted = {name for name, part in (("documents", gate.divergence), ("items", gate.items)) if _demands(part)}
-    checks = of_tokens(gate, tokens) if tokens is not None else []
-    checks += of_items(gate, base, items) if items else []
-    if not checks or (wanted == {"documents"} and tokens is None) or (wanted == {"items"} and not items):
-        raise EvaluationError(f"the gate {gate.name!r} demands {' and '.join(sorted(wanted))}, the suite asks nothing of the kind")
-    return checks
-
-
-def _demands(part: Any) -> bool:
-    return any(value is not None for value in part.model_dump().values())
+def _checks(gate: Gate, tokens: Tokens | None, base: Sequence[Json], items: Sequence[Json], broken: int) -> list[Any]:
+    """Fail closed: a demand of the gate must have been asked, or there is no verdict. That logits are numbers is none of its demands."""
+    numbers, *demanded = of_tokens(gate, tokens) if tokens is not None else [none_of("logits that are no numbers", broken)]
+    demanded += of_items(gate, base, items) if items else []
+    if not demanded:
+        parts = {"documents": gate.divergence, "items": gate.items}
+        wanted = [f"{name} ({', '.join(part.demands)})" for name, part in parts.items() if part.demands]
+        raise EvaluationError(f"the gate {gate.name!r} demands {' and '.join(wanted)}, the suite asks nothing of the kind")
+    unanswered = sum("nonfinite" in item for item in items)
+    return [numbers, *([none_of("items whose logits are no numbers", unanswered)] if items else []), *demanded]
 
 
 def _item_figures(base: Sequence[Json], items: Sequence[Json], confidence: float) -> Json:
@@ -304,12 +320,19 @@ def _same_vocabulary(engine: Engine, asked: Asked) -> None:
     highest = max((max(row) for row in asked.windows if row), default=0)
     if highest >= engine.vocabulary:
         raise EvaluationError(f"{engine.name}: a vocabulary of {engine.vocabulary}, the baseline's tokenizer makes token {highest}")
-    for document in asked.rows.documents if asked.rows else ():
+    for document in _texts(asked):
         text = document.text
         theirs = engine.tokenize(text)
         ours = list(asked.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
         if theirs is not None and theirs != ours:
             raise EvaluationError(f"{engine.name} tokenizes {document.id!r} otherwise than the baseline; a baseline of another tokenizer?")
+
+
+def _texts(asked: Asked) -> Sequence[Document]:
+    """What two tokenizers must split alike: the documents, or where there are none the questions."""
+    if asked.rows:
+        return asked.rows.documents
+    return [Document(f"question {number}", str(asked.tokenizer.decode(row)), {}) for number, row in enumerate(asked.windows)]
 
 
 def _as_windows(asked: Asked) -> list[Any]:

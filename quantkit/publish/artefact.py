@@ -42,10 +42,17 @@ class Artefact:
         return sum(path.stat().st_size for path in self.weights)
 
     @property
-    def evaluations(self) -> list[Json]:
+    def judged(self) -> list[Json]:
         """What evaluations of these very files found: every eval*.json in the run's folder whose digest is theirs, in order of names."""
         found = [read_json(path) for path in sorted(self.folder.parent.glob(EVALUATIONS))]
         return [one for one in found if isinstance(one.get("digests"), dict) and one["digests"].get("artefact") == self.digest]
+
+    @property
+    def evaluations(self) -> list[Json]:
+        """Of those the ones beside the weights that were quantized: beside another model, or itself, any artefact looks as one likes."""
+        inputs = self.manifest.get("inputs") or {}
+        weights = [(one, one["digests"].get("weights")) for one in self.judged]
+        return [one for one, told in weights if isinstance(told, dict) and told and told.items() <= inputs.items()]
 
     @property
     def digest(self) -> str:
@@ -90,11 +97,30 @@ def _open(folder: Path) -> Artefact:
     manifest = read_json(folder / NAME)
     if not isinstance(manifest.get("files"), dict):
         raise PublishError(f"{folder / NAME}: lists no files; not a manifest of quantkit")
+    _check_manifest(folder, manifest)
     format = manifest.get("format") or next((name for name in WEIGHTS if any(True for _ in _weights(folder, name))), "")
-    if format not in WEIGHTS:
+    if not isinstance(format, str) or format not in WEIGHTS:
         raise PublishError(f"{folder / NAME}: format {format!r}; known: {', '.join(WEIGHTS)}")
     run = folder.parent / RUN
     return Artefact(folder, format, manifest, read_json(run) if run.is_file() else None)
+
+
+def _check_manifest(folder: Path, manifest: Json) -> None:
+    """What all that follows reads of it is there."""
+
+    def need(true: bool, what: str) -> None:
+        if not true:
+            raise PublishError(f"{folder / NAME}: {what}; not a manifest of quantkit, or one that was changed")
+
+    for name, told in manifest["files"].items():
+        need(name not in ("", ".", "..") and Path(name).name == name, f"the file {name!r} lies outside the folder")
+        whole = isinstance(told, dict) and isinstance(told.get("bytes"), int) and isinstance(told.get("sha256"), str)
+        need(whole, f"no size and SHA-256 of {name}")
+    recipe, bits = manifest.get("recipe"), manifest.get("bits_per_weight")
+    need(isinstance(recipe, dict) and {"name", "description"} <= recipe.keys(), "no recipe")
+    need(isinstance(bits, (int, float)) and not isinstance(bits, bool), "no bits_per_weight")
+    need(isinstance(manifest.get("model"), str), "no model")
+    need(all(isinstance(manifest.get(key, {}), dict) for key in ("inputs", "sizes")), "inputs and sizes are tables")
 
 
 def _weights(folder: Path, format: str) -> Iterator[Path]:

@@ -43,7 +43,8 @@ _ATTRIBUTE = re.compile(r"([^\s\"'<>/=]+)(?:\s*=\s*(\"[^\"]*\"|'[^']*'|[^\s\"'=<
 _AUTOLINK = re.compile(r"<((?:https?://|mailto:)[^\s<>]*|[\w.!#$%&'*+/=?^`{|}~-]+@[\w.-]+)>")
 _COMMENT = re.compile(r"<!--.*?-->", re.DOTALL)
 _LINK = re.compile(r"((?:!\[[^\[\]]*)?\]\(\s*<?)([^)\s>]+)")  # a picture from its mark on, of a link the end
-_DEFINITION = re.compile(r"^( {0,3}\[[^\]]+\]:\s*<?)([^\s>]+)")
+# in quotes and lists too, and its address may stand on the next line
+_DEFINITION = re.compile(r"^([ \t>*+\d.)-]{0,64}\[(?:\\.|[^\[\]\\]){1,999}\]:[\s>]*<?)([^\s>]+)", re.MULTILINE)
 _PICTURE = re.compile(r"\.(png|jpe?g|gif|svg|webp|mp4|webm)$", re.IGNORECASE)
 
 
@@ -254,10 +255,7 @@ class Body:
 
     def _addresses(self, text: str) -> str:
         text = _LINK.sub(lambda m: m[1] + self._address(m[2], picture=m[1].startswith("!")), text)
-        lines = [
-            _DEFINITION.sub(lambda m: m[1] + self._address(m[2], picture=bool(_PICTURE.search(m[2]))), line) for line in text.split("\n")
-        ]
-        return "\n".join(lines)
+        return _DEFINITION.sub(lambda m: m[1] + self._address(m[2], picture=bool(_PICTURE.search(m[2]))), text)
 
     def _address(self, address: str, picture: bool) -> str:
         """Where a link or a picture of the base card leads, from anywhere; "#" for what no card needs (javascript:, data: pages)."""

@@ -43,6 +43,8 @@ class OnnxFolder:
 
     def problems(self) -> Iterator[str]:
         """What does not fit, one line each."""
+        if not self.tensors:  # no bytes at all are a whole graph too
+            yield f"{GRAPH}: holds no tensor"
         for name, tensor in self.tensors.items():
             if tensor is None:
                 yield f"{name}: an initialiser without a value"

@@ -96,7 +96,19 @@ class Packed:
     @cached_property
     def quantization(self) -> Json:
         found = self.config.get("quantization_config")
-        return found if isinstance(found, dict) else {}
+        if not isinstance(found, dict):
+            return {}
+        try:
+            for group in found.get("config_groups", {}).values():
+                weights = group["weights"]
+                bits, width, _ = weights["num_bits"], weights.get("group_size"), weights["symmetric"]
+                if not (isinstance(bits, int) and bits > 0 and isinstance(width or 0, int)):
+                    raise ValueError(f"num_bits {bits!r}, group_size {width!r}")
+                [_fits(pattern, "") for pattern in group["targets"]]
+            [_fits(pattern, "") for pattern in found.get("ignore", ())]
+        except (AttributeError, KeyError, TypeError, ValueError, re.error) as problem:
+            raise PublishError(f"config.json: quantization_config cannot be read ({type(problem).__name__}: {problem})") from None
+        return found
 
     def scheme(self, module: str) -> Json | None:
         """What config.json says of one module: a group of quantization_config, or None (kept), as vLLM and transformers match it."""
@@ -141,6 +153,8 @@ class Packed:
             return f"{scale}: missing"
         if symmetric == (zero in self.shapes):
             return f"{zero}: {'present, and config.json says symmetric' if symmetric else 'missing, and config.json says asymmetric'}"
+        if len(self.shapes[packed]) != (3 if fused else 2) or not all(self.shapes[packed]) or not all(self.shapes[scale] or (0,)):
+            return f"{packed}: shape {self.shapes[packed]}, its scales {self.shapes[scale]}; no packed matrix"
         *experts, out, words = self.shapes[packed]
         groups = self.shapes[scale][-1]
         if fused:
@@ -149,7 +163,11 @@ class Packed:
             told = part[".weight_shape"]
             if told not in self.shapes:
                 return f"{told}: missing"
+            if self.shapes[told] != (2,):
+                return f"{told}: shape {self.shapes[told]}; rows and columns are expected"
             out_told, columns = (int(n) for n in self.read(told))
+            if columns < 1:
+                return f"{told}: {columns} columns"
             if out_told != out:
                 return f"{packed}: {out} rows, its weight_shape says {out_told}"
         expected = {packed: -(-columns * bits // 32), scale: columns // (group or columns)}
@@ -171,6 +189,9 @@ class Packed:
                 yield f"{path.name}: missing, and there are {len(shards)} weight files"
             return
         named = read_json(path).get("weight_map", {})
+        if not isinstance(named, dict):
+            yield f"{path.name}: its weight_map is no table"
+            return
         for name in sorted(named.keys() ^ self.places.keys())[:1]:
             where = "which no weight file holds" if name in named else "is not in it"
             yield f"{path.name}: {name} {where}"

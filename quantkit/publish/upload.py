@@ -58,9 +58,18 @@ def refusals(artefact: Artefact, verified: Verified) -> list[str]:
     """Why this folder should not be published: no card, something off, a gate that failed. One line each."""
     found = [] if (artefact.folder / CARD).is_file() else [f"{CARD}: missing; quantkit card {artefact.folder} makes one"]
     found += [f"{one.check}: {one.text}" for one in verified.findings if one.state == "off" and not one.text.startswith(f"{CARD}: missing")]
-    if not passed(artefact.evaluations):
-        found.append(f"gate: {verdict(artefact.evaluations)}; the evaluation stands in {artefact.folder.parent}")
+    if not passed(artefact.judged):
+        found.append(f"gate: {verdict(artefact.judged)}; the evaluation stands in {artefact.folder.parent}")
     return found
+
+
+def check_name(repo_id: str) -> None:
+    """
+    Raises:
+        PublishError: it is no owner/name.
+    """
+    if not _REPO.fullmatch(repo_id):
+        raise PublishError(f"--repo-id {repo_id!r}: owner/name is expected")
 
 
 def upload(
@@ -88,8 +97,7 @@ def upload(
     Raises:
         PublishError: the name is none, or the Hub cannot be reached, refuses or breaks off. It never holds a token.
     """
-    if not _REPO.fullmatch(repo_id):
-        raise PublishError(f"--repo-id {repo_id!r}: owner/name is expected")
+    check_name(repo_id)
     api = HfApi(endpoint=endpoint, token=token, library_name="quantkit", library_version=__version__)
     if not sys.stderr.isatty():
         huggingface_hub.utils.disable_progress_bars()

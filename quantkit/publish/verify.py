@@ -106,7 +106,8 @@ def _files(artefact: Artefact) -> list[Finding]:
 
 
 def _file_problems(artefact: Artefact, listed: Json) -> Iterator[str]:
-    there = {path.name: path for path in sorted(artefact.folder.rglob("*")) if path.is_file() and not path.name.startswith(".")}
+    files = [path for path in sorted(artefact.folder.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+    there = {path.relative_to(artefact.folder).as_posix(): path for path in files}
     for name, told in listed.items():
         path = artefact.folder / name
         if not path.is_file():
