@@ -10,7 +10,6 @@ scores     <- held-out samples                     they ran beside, through orig
 verdict    <- artefact, original, suite, gate      `evaluate`: what ships, opened by the engine that will serve it
 """
 
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -29,7 +28,7 @@ from quantkit.calibrate.render import load_tokenizer
 from quantkit.calibrate.samples import choose
 from quantkit.calibrate.sources import read_samples
 from quantkit.calibrate.statistics import save_statistics
-from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, StoreError, WriteError
+from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, WriteError
 from quantkit.evaluate.session import Evaluation, made_from
 from quantkit.evaluate.session import evaluate as judge
 from quantkit.formats import FORMATS, Writer, other_sizes, told, writer_of
@@ -44,7 +43,7 @@ from quantkit.publish.manifest import listed, write_manifest
 from quantkit.recipe import Calibration, Recipe
 from quantkit.report import Clock, Listener, silent
 from quantkit.run import Run
-from quantkit.store import Store
+from quantkit.store import Store, check_room, clear, held, solved_bytes
 from quantkit.target import extremes, mixtures, pick
 from quantkit.types import Batch, Entry, Json, Plan, Statistics
 from quantkit.write.compressed_tensors import PASSED_ON
@@ -279,17 +278,33 @@ def quantize(
     checkpoint = open_checkpoint(model, adapter)
     name = _name(model)
     out = Path(output) if output is not None else Path(f"{name}-{chosen.name}")
-    clock = Clock(tell)
+    with held(out):
+        return _quantized(chosen, checkpoint, model, name, out, adapter, fresh, max_memory, Clock(tell))
+
+
+def _quantized(
+    chosen: Recipe,
+    checkpoint: TensorSource,
+    model: str | None,
+    name: str,
+    out: Path,
+    adapter: str | None,
+    fresh: bool,
+    max_memory: int | None,
+    clock: Clock,
+) -> Result:
+    """The main job, in a folder that no other run writes to."""
     with clock.phase("reading headers"):
         hashes = _input_hashes(checkpoint, chosen, adapter)
         inputs = repr([sorted(hashes.items()), report.versions()])
         plan = make_plan(chosen, checkpoint.config, checkpoint.entries, inputs)
-        for wanted in chosen.formats:  # what a format cannot express is refused before anything runs
-            for offered in [
-                plan,
-                *(make_plan(chosen, checkpoint.config, checkpoint.entries, chosen=one) for one in mixtures(chosen, plan)),
-            ]:
-                writer_of(wanted, chosen, offered, name, checkpoint.config, checkpoint.folder)
+        # what a format cannot express is refused before anything runs, and what the disk cannot hold
+        offered = [plan, *(make_plan(chosen, checkpoint.config, checkpoint.entries, chosen=one) for one in mixtures(chosen, plan))]
+        sizing = [
+            [writer_of(wanted, chosen, one, name, checkpoint.config, checkpoint.folder) for wanted in chosen.formats] for one in offered
+        ]
+        if not chosen.has_target:
+            check_room(out, sum(writer.bytes for writer in sizing[0]) + solved_bytes(plan))
         clock.blocks = len(plan.blocks)
     with clock.phase("tokenizing"):
         tokenizer = load_tokenizer(checkpoint.folder)
@@ -306,7 +321,7 @@ def quantize(
         heldout = _heldout(chosen, tokenizer)
         _check_vocabulary([*batches, *heldout, *reserve], checkpoint)
     if fresh:
-        _clear(out)
+        clear(out, OURS)
     told_by = {"model": name, "recipe": chosen.name, "calibration": settings.mix, "adapter": adapter}
     if chosen.has_target:
         told_by["target"] = f"{chosen.target_size or chosen.target_bits} in {chosen.formats[0]}"
@@ -481,18 +496,3 @@ def _input_hashes(checkpoint: TensorSource, recipe: Recipe, adapter: str | None)
     if adapter:
         hashes |= {f"adapter/{p.name}": file_digest(p) for p in sorted(Path(adapter).iterdir()) if p.suffix in (".safetensors", ".json")}
     return hashes
-
-
-def _clear(out: Path) -> None:
-    """Delete an earlier run of ours; anything else in the folder is left, and refused by the store."""
-    if not out.exists():
-        return
-    ours = (out / SOLVED / "plan.json").exists() or (out / "run.json").exists()
-    if not ours and any(out.iterdir()):
-        raise StoreError(f"{out}: not a run of quantkit; --fresh deletes only those; give another --output")
-    if foreign := [path.name for path in out.iterdir() if path.name not in OURS and not path.name.endswith(".part")]:
-        raise StoreError(f"{out}: holds {foreign[0]!r}, which is not of a run; --fresh deletes nothing beside it; move it away")
-    for name in OURS:
-        shutil.rmtree(out / name, ignore_errors=True)
-        if not (out / name).is_dir():
-            (out / name).unlink(missing_ok=True)

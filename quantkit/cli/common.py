@@ -2,7 +2,9 @@
 
 import logging
 import os
+import signal
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -14,6 +16,7 @@ from quantkit.errors import QuantkitError
 if TYPE_CHECKING:
     from quantkit.report import Event, Listener
 
+GRACE = 1.5  # seconds that a command has to end by itself when it is interrupted
 ADAPTER = click.option("--adapter", metavar="DIR", help="A PEFT LoRA adapter, merged tensor by tensor as the checkpoint is read.")
 JSON = click.option("--json", "as_json", is_flag=True, help="The result as JSON on stdout.")
 
@@ -46,8 +49,10 @@ def progress() -> "Iterator[Listener]":
 @contextmanager
 def one_line_errors(interrupted: str = "the same command goes on where it stopped") -> Iterator[None]:
     """Around a command: an error of ours, or of the system, ends it in one line."""
+    line = f"quantkit: interrupted; {interrupted}"
     try:
-        yield
+        with _ends_soon(line):
+            yield
     except QuantkitError as error:
         click.echo(f"quantkit: {' '.join(str(error).split())}", err=True)
         sys.exit(error.exit_code)
@@ -57,8 +62,37 @@ def one_line_errors(interrupted: str = "the same command goes on where it stoppe
         click.echo(f"quantkit: {error.filename or 'system'}: {error.strerror or error}", err=True)
         sys.exit(1)
     except KeyboardInterrupt:
-        click.echo(f"quantkit: interrupted; {interrupted}", err=True)
+        click.echo(line, err=True)
         sys.exit(130)
+
+
+@contextmanager
+def _ends_soon(line: str) -> Iterator[None]:
+    """Ctrl-C inside one long operation of a library, where Python hears no signal until it returns: ended from beside after a grace.
+
+    Nothing is lost by it that `kill -9` would not lose: what is written becomes visible when it is whole.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    done, (hears, says) = threading.Event(), os.pipe()
+    os.set_blocking(says, False)
+
+    def watch() -> None:
+        while told := os.read(hears, 1):
+            if told[0] == signal.SIGINT and not done.wait(GRACE):
+                os.write(2, f"{line}\n".encode())
+                os._exit(130)
+        os.close(hears)
+
+    before = signal.set_wakeup_fd(says, warn_on_full_buffer=False)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+        signal.set_wakeup_fd(before)
+        os.close(says)
 
 
 def duration(seconds: float) -> str:
