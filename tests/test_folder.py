@@ -1,19 +1,25 @@
 """A run's folder: one process at a time, an end within two seconds, room on the disk, nothing for everybody to write."""
 
+import errno
+import json
 import os
+import re
+import shutil
 import signal
 import stat
 import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import tiny
 
 import quantkit
-from quantkit import store
+from quantkit import pipeline, store
 from quantkit.errors import StoreError
-from quantkit.store import LOCK, clear, held
+from quantkit.store import LOCK, check_room, clear, held
 
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(quantkit.__file__).parents[1]), "OMP_NUM_THREADS": "1"}
 HOLDS = (
@@ -135,3 +141,93 @@ def test_clearing_does_not_follow_links(tmp_path):
         clear(out, ("solved", "gguf", "run.json"))
         assert [path.name for path in out.iterdir()] == [LOCK]
     assert (elsewhere / "letter").read_text() == "dear reader"
+
+
+# --- Room -------------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def free(monkeypatch):
+    """A function that says how many bytes the disk has free."""
+
+    def say(count: int) -> None:
+        monkeypatch.setattr(store.shutil, "disk_usage", lambda path: SimpleNamespace(free=count))
+
+    return say
+
+
+def test_bytes_that_are_missing_are_told_before_anything_is_written(free, tmp_path):
+    (tmp_path / "half").write_bytes(bytes(300))
+    free(700)
+    check_room(tmp_path, 1000)  # 300 are there already
+    free(650)
+    with pytest.raises(StoreError, match="50 bytes of disk are missing: the run writes 700 and 650 are free"):
+        check_room(tmp_path, 1000)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    """A tiny model and a quick recipe: the arguments of a run but its folder."""
+    folder = tmp_path_factory.mktemp("job")
+    tiny.build("llama", folder / "model", num_hidden_layers=2)
+    quick = "calibration: {samples: 4, sequence_length: 64}\nscore: {samples: 2, sequence_length: 64}\nsearch: {exponents: 2, rows: 16}\n"
+    (folder / "quick.yaml").write_text("description: x\nformats: [compressed-tensors, gguf]\n" + quick)
+    return {"model": str(folder / "model"), "recipe": str(folder / "quick.yaml")}
+
+
+def test_a_run_that_the_disk_cannot_hold_writes_and_deletes_nothing(free, job, tmp_path):
+    free(10_000)
+    with pytest.raises(StoreError, match="bytes of disk are missing"):
+        pipeline.quantize(**job, output=tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def artefacts(out: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(out)): path.read_bytes() for path in sorted(out.rglob("*")) if path.is_file() and path.name != "run.json"}
+
+
+def test_a_disk_that_becomes_full_is_one_line_and_the_run_goes_on(job, tmp_path, monkeypatch):
+    """Every fsync in turn finds the disk full: the solved blocks', the shards', the GGUF's."""
+    pipeline.quantize(**job, output=tmp_path / "whole")
+    fsync, allowed, lines = os.fsync, [0], list[str]()
+
+    def full(file: int) -> None:
+        allowed[0] -= 1
+        if allowed[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        fsync(file)
+
+    monkeypatch.setattr(os, "fsync", full)
+    for count in range(1, 40, 2):
+        allowed[0] = count
+        try:
+            pipeline.quantize(**job, output=tmp_path / "out")
+        except StoreError as problem:
+            lines.append(str(problem))
+            assert not (tmp_path / "out" / "run.json").exists()
+            assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part") or path.name == LOCK]
+        else:
+            break
+    assert len(lines) > 2
+    for line in lines:
+        assert re.fullmatch(r".*/out: the disk is full \([\d,]+ bytes are free\); what is done is kept: free some .*", line)
+    assert artefacts(tmp_path / "out") == artefacts(tmp_path / "whole")
+
+
+# --- Whose folder it is -----------------------------------------------------------------------------------------------------------
+
+
+def test_another_seed_calibration_or_revision_is_refused(job, tmp_path):
+    pipeline.quantize(**job, output=tmp_path / "out")
+    before = artefacts(tmp_path / "out")
+    text = Path(job["recipe"]).read_text()
+    revision = Path(shutil.copytree(job["model"], tmp_path / "revision"))
+    (revision / "generation_config.json").write_text(json.dumps({"temperature": 0.5}))
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "quick.yaml").write_text(text.replace("samples: 4,", "samples: 4, seed: 7,"))
+    (tmp_path / "set.jsonl").write_text('{"text": "a line of text that is long enough to be a sample of its own"}\n' * 8)
+    others = ({"recipe": str(tmp_path / "seed" / "quick.yaml")}, {"calibration": str(tmp_path / "set.jsonl")}, {"model": str(revision)})
+    for other in others:
+        with pytest.raises(StoreError, match="holds another run"):
+            pipeline.quantize(**{**job, **other}, output=tmp_path / "out")
+        assert artefacts(tmp_path / "out") == before

@@ -1,5 +1,6 @@
 """Solved blocks on disk: back to the bit, never another plan's, never half a file."""
 
+import hashlib
 import json
 import os
 from dataclasses import replace
@@ -15,7 +16,7 @@ from quantkit.grid.integer import pack
 from quantkit.model.blocks import published_entries
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe
-from quantkit.store import Piece, Store, replacing, safetensors_header, write_safetensors
+from quantkit.store import Piece, Store, replacing, safetensors_header, solved_bytes, write_safetensors
 from quantkit.types import Codes, FoldReport, Plan, Solved, SolvedBlock
 
 CONFIG = {
@@ -191,6 +192,43 @@ def test_a_damaged_block_is_one_sentence(tmp_path):
         assert "delete this file and run again" in str(caught.value), damage
     path.write_bytes(whole)
     same(Store(tmp_path / "solved", plan, ABOUT).get(plan.blocks[0]), solved_block(plan, 0))
+
+
+def test_every_flipped_bit_of_a_block_is_found(tmp_path):
+    """In the data, where any bytes are a legal tensor, as in the header and in the note beside it."""
+    plan = plan_of(False)
+    Store(tmp_path / "solved", plan, ABOUT).put(solved_block(plan, 0))
+    path = tmp_path / "solved" / "block-00000.safetensors"
+    whole = path.read_bytes()
+    for place in (*range(8, 1200, 13), *range(1200, len(whole), len(whole) // 200), len(whole) - 1):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        with pytest.raises(StoreError, match=r"block-00000\.safetensors: damaged .*; delete this file and run again"):
+            Store(tmp_path / "solved", plan, ABOUT).get(plan.blocks[0])
+    path.write_bytes(whole)
+    store = Store(tmp_path / "solved", plan, ABOUT)
+    same(store.get(plan.blocks[0]), solved_block(plan, 0))
+    store.put(replace(solved_block(plan, 1), index=0))
+    same(store.get(plan.blocks[0]), replace(solved_block(plan, 1), index=0))
+
+
+def test_the_digest_is_of_the_file_with_zeros_in_its_place(tmp_path):
+    plan = plan_of()
+    Store(tmp_path / "solved", plan, ABOUT).put(solved_block(plan, 0))
+    path = tmp_path / "solved" / "block-00000.safetensors"
+    told = safe_open(path, "pt").metadata()["sha256"]
+    assert hashlib.sha256(path.read_bytes().replace(told.encode(), b"0" * 64)).hexdigest() == told
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_bytes_of_solved_blocks_are_known_beforehand(symmetric, tmp_path):
+    plan = plan_of(symmetric)
+    store = Store(tmp_path / "solved", plan, ABOUT)
+    told = 0
+    for index in range(2):
+        store.put(solved_block(plan, index))
+        names = safe_open(store._path(index), "pt").keys()
+        told += sum(store.read(index, name).nbytes for name in names if not name.startswith("folded/"))
+    assert solved_bytes(plan) == told
 
 
 # --- Files ------------------------------------------------------------------------------------------------------------------------

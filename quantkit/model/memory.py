@@ -2,6 +2,7 @@
 
 import ctypes
 import mmap
+import os
 import tempfile
 import weakref
 from collections.abc import Iterable, MutableSequence
@@ -63,7 +64,10 @@ class Memory:
         if not tensor.nbytes:
             return tensor
         with tempfile.TemporaryFile(dir=self.folder) as file:  # has no name: its space is free again when the last tensor on it goes
-            file.truncate(tensor.nbytes)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, tensor.nbytes)  # a full disk is an error here; later it would be a dead process
+            else:
+                file.truncate(tensor.nbytes)
             pages = mmap.mmap(file.fileno(), tensor.nbytes)
         copy = torch.frombuffer(pages, dtype=tensor.dtype).view(tensor.shape)
         copy.copy_(tensor)
