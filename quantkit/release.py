@@ -51,8 +51,12 @@ def card(
             text = fetch_card(base_model)
         options = Options(base_model, text, repo_id, contact, calibration_link, Path(template) if template else None)
         files = artefact.manifest["files"]
-        notes = write_card(artefact.folder, artefact.run, artefact.format, files, artefact.evaluations, options)
-        write_manifest(artefact.folder, artefact.run, artefact.format, files)
+        try:
+            notes = write_card(artefact.folder, artefact.run, artefact.format, files, artefact.evaluations, options)
+            write_manifest(artefact.folder, artefact.run, artefact.format, files)
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
+            line = f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"
+            raise PublishError(f"{artefact.folder}: run.json above it is damaged, or another version's ({line}); run again") from None
         made[str(artefact.folder / "README.md")] = notes
     return made
 
@@ -71,7 +75,11 @@ def verify(folder: str | Path, *, base_model: str | None = None, adapter: str | 
             base = _weights(checkpoint, artefact)
             paths = sorted(checkpoint.folder.glob("*.safetensors"))
             inputs = {path.name: file_digest(path) for path in paths}
-        found.append((artefact, checks.verify(artefact, base, inputs)))
+        try:
+            found.append((artefact, checks.verify(artefact, base, inputs)))
+        except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
+            line = f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"
+            raise PublishError(f"{artefact.folder}: its files contradict themselves, or run.json above it is damaged ({line})") from None
     return found
 
 

@@ -500,3 +500,21 @@ def test_a_killed_run_ends_in_the_same_bytes(name, kills, recipe, built, tmp_pat
         for key in ("seconds", "peak_memory", "memory"):
             report.pop(key)
     assert reports[0] == reports[1]
+
+
+# --- Code that a model brings -----------------------------------------------------------------------------------------------------
+
+
+def test_code_of_a_model_is_refused_in_a_sentence(model, refused):
+    refused(configure(model(), model_type="mine", auto_map={"AutoConfig": "mine.Config"}), "auto_map", "trust_remote_code stays off")
+
+
+@pytest.mark.parametrize("name", ["../../secret", "/etc/passwd", ".."])
+def test_a_manifest_that_leaves_its_folder_is_not_followed(name, model, quantize, tmp_path):
+    assert quantize(model()).exit_code == 0
+    path = tmp_path / "out" / "compressed-tensors" / "quantkit.json"
+    manifest = json.loads(path.read_text())
+    manifest["files"][name] = next(iter(manifest["files"].values()))
+    path.write_text(json.dumps(manifest))
+    result = CliRunner().invoke(main, ["verify", str(tmp_path / "out")])
+    assert "not followed" in one_line(result.exit_code, result.stdout, result.stderr)

@@ -39,9 +39,13 @@ def load_tokenizer(folder: Path) -> Any:
         CalibrationError: the folder holds none, or one that needs code of its own.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer("a probe", verbose=False)  # what contradicts itself often opens, and fails at the first text
+        return tokenizer
     except Exception as problem:  # tokenizer files fail in as many ways as there are kinds
         message = " ".join(str(problem).split())[:160]
+        if "trust_remote_code" in str(problem):
+            message = "it is code that the model brings, and quantkit runs no code of models: trust_remote_code stays off"
         raise CalibrationError(
             f"{folder}: its tokenizer cannot be opened ({message}); the folder needs the model's tokenizer files"
         ) from None

@@ -59,7 +59,9 @@ def load_tokenizer(folder: Path) -> Any:
         EvaluationError: there is none.
     """
     try:
-        return transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        tokenizer("a probe", verbose=False)  # what contradicts itself often opens, and fails at the first text
+        return tokenizer
     except Exception as problem:  # tokenizer files fail in as many ways as there are kinds
         raise EvaluationError(f"{folder}: its tokenizer cannot be opened ({' '.join(str(problem).split())[:160]})") from None
 

@@ -23,6 +23,11 @@ def find(config: Mapping[str, Any]) -> tuple[Family, str]:
         for family in FAMILIES:
             if model_type in family.model_types:
                 return family, str(model_type)
+    if config.get("auto_map"):
+        raise FamilyError(
+            f"config.json: {config.get('model_type')!r} is run by code that the model brings (auto_map), and quantkit "
+            "runs no code of models: trust_remote_code stays off"
+        )
     known = [t for family in FAMILIES for t in family.model_types]
     asked = str(next((t for t in types if t), config.get("architectures") or "nothing"))
     near = difflib.get_close_matches(asked, known, n=1, cutoff=0.0)[0]

@@ -134,6 +134,8 @@ def _card(artefact: Artefact) -> list[Finding]:
         return [Finding("card", "off", f"{CARD}: missing; quantkit card {artefact.folder} makes one")]
     try:
         size, bits = stated(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError:
+        return [Finding("card", "off", f"{CARD}: not UTF-8; the file was damaged")]
     except PublishError as problem:
         return [Finding("card", "off", f"{CARD}: {problem}")]
     wanted = (gigabytes(artefact.bytes), f"{artefact.manifest['bits_per_weight']:.3f}")

@@ -50,6 +50,19 @@ def tokenizer_keys(folder: Path, rows: int, architecture: str, visible: Sequence
     Raises:
         WriteError: no tokenizer.json, or one that llama.cpp cannot be told.
     """
+    try:
+        keys = _tokenizer_keys(folder, rows, architecture, visible, pre)
+        pieces = [keys["ggml.tokens"], keys.get("ggml.merges", []), [keys.get("chat_template", "")]]
+        if not all(isinstance(text, str) for texts in pieces for text in texts):
+            raise TypeError("a token, a merge or the chat template is no text")
+        json.dumps(pieces, ensure_ascii=False).encode()  # halves of a surrogate pair are no UTF-8
+        return keys
+    except (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError) as problem:
+        line = f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"
+        raise WriteError(f"{folder}: its tokenizer files contradict themselves ({line}); download them again") from None
+
+
+def _tokenizer_keys(folder: Path, rows: int, architecture: str, visible: Sequence[str], pre: str | None) -> Json:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise WriteError(f"{path}: missing; a GGUF carries its tokenizer, and only this form of it is read")

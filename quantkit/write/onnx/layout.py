@@ -89,6 +89,8 @@ class Layout:
             self._place_outside(name, shape)
             return
         _, index, local = inside
+        if index >= len(self.plan.blocks):
+            raise self._absent(name)
         block, module = self.plan.blocks[index], local.removesuffix(".weight")
         linears = {linear.local: linear for linear in block.linears}
         if len(shape) == 3:
