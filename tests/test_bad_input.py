@@ -517,4 +517,4 @@ def test_a_manifest_that_leaves_its_folder_is_not_followed(name, model, quantize
     manifest["files"][name] = next(iter(manifest["files"].values()))
     path.write_text(json.dumps(manifest))
     result = CliRunner().invoke(main, ["verify", str(tmp_path / "out")])
-    assert "not followed" in one_line(result.exit_code, result.stdout, result.stderr)
+    assert "lies outside the folder" in one_line(result.exit_code, result.stdout, result.stderr)
