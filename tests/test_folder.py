@@ -106,7 +106,8 @@ def test_nothing_for_everybody_to_write(tmp_path):
 # --- Ctrl-C -----------------------------------------------------------------------------------------------------------------------
 
 BUSY = """
-import hashlib
+import hashlib, signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and what they start, ignore it
 from quantkit.cli.common import one_line_errors
 with one_line_errors():
     print(flush=True)
