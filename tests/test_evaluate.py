@@ -76,7 +76,6 @@ def run(artefact: Path, suite: str, cache: Path, gate: str = "default", **option
 
 
 def test_an_identical_model_is_exactly_itself(suite, cache):
-    pytest.importorskip("jsonschema")
     found = run(REFERENCE, suite, cache, "smoke")
     kl, flips = found.report["divergence"]["kl"], found.report["divergence"]["flips"]
     assert (kl["mean"], kl["max"], kl["p99"]) == (0.0, 0.0, 0.0)
@@ -166,7 +165,6 @@ def test_two_bits_fail(two_bits, cache):
 
 
 def test_the_baseline_is_asked_once_and_answers_the_same_from_disk(two_bits, suite, tmp_path):
-    pytest.importorskip("jsonschema")
     first, second = run(two_bits, suite, tmp_path), run(two_bits, suite, tmp_path)
     assert (first.report["baseline_engine"]["cached"], second.report["baseline_engine"]["cached"]) == (False, True)
     for key in ("divergence", "items", "answers", "gate"):
@@ -346,7 +344,6 @@ def test_greedy_answers_do_not_depend_on_the_batch():
 
 
 def test_the_command_line_writes_what_is_asked(two_bits, suite, cache, tmp_path):
-    pytest.importorskip("jsonschema")
     command = ["eval", str(two_bits), "--baseline", str(REFERENCE), "--suite", suite, "--gate", "smoke", "--cache", str(cache)]
     command += ["--junit", str(tmp_path / "j.xml"), "--store", str(tmp_path / "s.json"), "--output", str(tmp_path / "o.json")]
     result = CliRunner().invoke(main, [*command, "--threads", "1"])

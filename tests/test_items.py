@@ -4,6 +4,7 @@ import json
 from collections import Counter
 from pathlib import Path
 
+import jsonschema
 import pytest
 
 from quantkit.errors import EvaluationError
@@ -101,7 +102,6 @@ def test_words_without_case_and_punctuation(said, accepted, right):
 )
 def test_calls_in_every_templates_form(said):
     assert find_calls(said)[0]["name"] == "book"
-    pytest.importorskip("jsonschema")
     assert valid_calls(said, [TOOL])
     assert same_calls(said, CALL["calls"], {}, [TOOL])
 
@@ -120,13 +120,11 @@ def test_calls_in_every_templates_form(said):
     ],
 )
 def test_wrong_calls_are_wrong_and_only_some_invalid(said, valid):
-    pytest.importorskip("jsonschema")
     assert valid_calls(said, [TOOL]) is valid
     assert same_calls(said, CALL["calls"], {}, [TOOL]) is False
 
 
 def test_calls_in_any_order_with_alternatives():
-    pytest.importorskip("jsonschema")
     wanted = [{"name": "book", "arguments": {"day": "mon", "seats": 2}}, {"name": "book", "arguments": {"day": "tue", "seats": 1}}]
     said = json.dumps(
         [{"name": "book", "arguments": {"day": "tue", "seats": 1}}, {"name": "book", "arguments": {"day": "tue", "seats": 2}}]
@@ -180,14 +178,11 @@ def test_items_are_taken_evenly_and_once(tmp_path):
 
 LANGUAGES = ["ar", "en", "es", "fr", "hi", "ja", "ko", "nl", "ru", "zh"]
 FILES = [items_folder() / f"{language}.jsonl" for language in LANGUAGES]
-ours = pytest.mark.skipif(not all(path.is_file() for path in FILES), reason="eval/items is not complete in this tree")
 
 
-@ours
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_our_items_are_many_and_can_be_scored(path: Path):
     """At least 40 of each language; every answer is found in itself, every expected call is taken by its schema."""
-    jsonschema = pytest.importorskip("jsonschema")
     items = read_items(path, {})
     assert len(items) >= 40
     assert {item.labels["language"] for item in items} == {path.stem}
@@ -205,7 +200,6 @@ def test_our_items_are_many_and_can_be_scored(path: Path):
             assert item.judge(f"…\n{item.answer}"), item.id
 
 
-@ours
 def test_our_items_are_not_what_we_calibrate_on():
     """No question stands in a calibration or held-out sample: not even twelve words (or forty letters) in a row."""
     seen: set[str] = set()

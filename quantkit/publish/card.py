@@ -137,7 +137,7 @@ def _context(folder: Path, about: Json, format: str, files: Json, evaluations: S
         "header": _header(about, format, size, languages, domains, options),
         "format": format,
         "recipe": recipe,
-        "method": _method(recipe, bool(rows)),
+        "method": _method(recipe, bool(rows), about["summary"]),
         "adapter": about.get("adapter"),
         "contents": [
             {**row, "why": "" if "groups of" in row["stored"] or row["stored"] == "uint8" else REASONS.get(row["part"], "")}
@@ -242,7 +242,7 @@ def _target(recipe: Json) -> str:
     return f"{recipe['target_bits']} bits a weight" if recipe.get("target_bits") else ""
 
 
-def _method(recipe: Json, quantized: bool) -> str:
+def _method(recipe: Json, quantized: bool, summary: Json) -> str:
     if not quantized:
         return "Nothing was quantized: the weights are those of the original."
     if recipe["method"] == "rtn":
@@ -257,7 +257,9 @@ def _method(recipe: Json, quantized: bool) -> str:
     made = f"One decoder block at a time: {', '.join(steps)}."
     if target := _target(recipe):
         made = f"Schemes were picked for {target}, each by what it changes in its block's output, in place of one for all. {made}"
-    return f"{made} Every fold was proven on the block itself; nothing worse than plain rounding is kept."
+    worse, linears = summary["worse_than_rounded"], summary["linears"]
+    told = f"{worse} of {linears:,} linears ended" if worse else "no linear ended"
+    return f"{made} Folds that the block itself did not prove were undone; {told} with a larger output error than plain rounding."
 
 
 def _errors(about: Json) -> Json:
