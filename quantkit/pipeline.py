@@ -17,8 +17,8 @@ from typing import Any
 
 import torch
 
-from quantkit import families, report
 from quantkit import recipe as recipes
+from quantkit import report
 from quantkit.calibrate.batches import make_batches, reserve_batches
 from quantkit.calibrate.collect import Reserve, collect
 from quantkit.calibrate.coverage import cells_of, coverage_report
@@ -28,6 +28,7 @@ from quantkit.calibrate.render import load_tokenizer
 from quantkit.calibrate.samples import choose
 from quantkit.calibrate.sources import read_samples
 from quantkit.calibrate.statistics import save_statistics
+from quantkit.discover import family_for
 from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, WriteError
 from quantkit.evaluate.session import Evaluation, made_from
 from quantkit.evaluate.session import evaluate as judge
@@ -107,13 +108,14 @@ def plan(
     formats: Sequence[str] = (),
     target_size: int | None = None,
     target_bits: float | None = None,
+    family: str | None = None,
 ) -> tuple[Plan, Json]:
     """Every tensor's fate and the exact bytes of each format, before a weight is read. `model` may be a config.json alone.
 
     A GGUF carries its tokenizer: where that is not at hand (a config alone, the Hub's headers), its bytes are told without it. With a
     target the schemes are picked by what calibration shows: told are the recipe's own, and the bytes of the smallest and largest choices.
     """
-    return plan_and_others(model, recipe, adapter, formats, target_size, target_bits)[:2]
+    return plan_and_others(model, recipe, adapter, formats, target_size, target_bits, family)[:2]
 
 
 def plan_and_others(
@@ -123,25 +125,27 @@ def plan_and_others(
     formats: Sequence[str] = (),
     target_size: int | None = None,
     target_bits: float | None = None,
+    family: str | None = None,
 ) -> tuple[Plan, Json, Json]:
     """As `plan`, and what the same recipe would give in the formats that it does not ask for (`report.sizes_report`)."""
     chosen = load_recipe(recipe, None, formats, target_size, target_bits)
     folder = None
+    entries: Mapping[str, Entry]
     if model is not None and Path(model).is_file():
         if adapter:
             raise CheckpointError(f"{model}: a config alone cannot take an adapter; give the model's folder")
-        config = read_json(Path(model))
-        families.find(config)  # an unknown architecture is better named by us than by a class that cannot be found
-        entries: Mapping[str, Entry] = published_entries(config)
+        config, entries = read_json(Path(model)), {}
     elif model is not None and adapter is None and not is_folder(model):
         config, entries = remote_headers(model)
     else:
         checkpoint = open_checkpoint(model, adapter)
         config, entries, folder = checkpoint.config, checkpoint.entries, checkpoint.folder
-    made = make_plan(chosen, config, entries)
+    table = family_for(config, family)  # an unknown architecture is better named by us than by a class that cannot be found
+    entries = entries or published_entries(config)
+    made = make_plan(chosen, config, entries, family=table)
     plans = {"": made}
     if chosen.has_target:
-        plans = {f", {end} choices": make_plan(chosen, config, entries, chosen=ends) for end, ends in extremes(chosen, made).items()}
+        plans = {f", {end} choices": make_plan(chosen, config, entries, "", ends, table) for end, ends in extremes(chosen, made).items()}
     sizes: dict[str, int] = {}
     for name in chosen.formats:
         sizes |= {
@@ -251,6 +255,7 @@ def quantize(
     formats: Sequence[str] = (),
     target_size: int | None = None,
     target_bits: float | None = None,
+    family: str | None = None,
     fresh: bool = False,
     max_memory: int | None = None,
     tell: Listener = silent,
@@ -267,6 +272,7 @@ def quantize(
             (with a target behind the format that it was kept in).
         target_size: bytes of the weight files (of the first format): each linear's scheme is picked by what it costs.
         target_bits: the same by bits a weight of what is quantized, scales and zero points counted.
+        family: "discovered" or a table's .yaml file, in place of a shipped table; every fold is still proven on the real weights.
         fresh: delete what an earlier run left in `output` and start anew.
         max_memory: bytes; activations that do not fit beside a block lie in mapped files in `output`, with the same result.
         tell: is told of each phase.
@@ -279,7 +285,7 @@ def quantize(
     name = _name(model)
     out = Path(output) if output is not None else Path(f"{name}-{chosen.name}")
     with held(out):
-        return _quantized(chosen, checkpoint, model, name, out, adapter, fresh, max_memory, Clock(tell))
+        return _quantized(chosen, checkpoint, model, name, out, adapter, family, fresh, max_memory, Clock(tell))
 
 
 def _quantized(
@@ -289,6 +295,7 @@ def _quantized(
     name: str,
     out: Path,
     adapter: str | None,
+    family: str | None,
     fresh: bool,
     max_memory: int | None,
     clock: Clock,
@@ -296,10 +303,15 @@ def _quantized(
     """The main job, in a folder that no other run writes to."""
     with clock.phase("reading headers"):
         hashes = _input_hashes(checkpoint, chosen, adapter)
-        inputs = repr([sorted(hashes.items()), report.versions()])
-        plan = make_plan(chosen, checkpoint.config, checkpoint.entries, inputs)
+        table = family_for(checkpoint.config, family)
+        inputs = repr([sorted(hashes.items()), report.versions(), *([table] if family else [])])
+
+        def planned(schemes: Mapping[tuple[int, str], recipes.Weights] | None = None) -> Plan:
+            return make_plan(chosen, checkpoint.config, checkpoint.entries, inputs, schemes, table)
+
+        plan = planned()
         # what a format cannot express is refused before anything runs, and what the disk cannot hold
-        offered = [plan, *(make_plan(chosen, checkpoint.config, checkpoint.entries, chosen=one) for one in mixtures(chosen, plan))]
+        offered = [plan, *map(planned, mixtures(chosen, plan))]
         sizing = [
             [writer_of(wanted, chosen, one, name, checkpoint.config, checkpoint.folder) for wanted in chosen.formats] for one in offered
         ]
@@ -335,7 +347,7 @@ def _quantized(
 
         def remade(schemes: Mapping[tuple[int, str], recipes.Weights]) -> Plan:
             """The plan with other schemes. They follow from its inputs, so it is the same run."""
-            return replace(make_plan(chosen, checkpoint.config, checkpoint.entries, inputs, schemes), fingerprint=fingerprint)
+            return replace(make_plan(chosen, checkpoint.config, checkpoint.entries, inputs, schemes, table), fingerprint=fingerprint)
 
         def size_of(plan: Plan) -> int:
             return writer_of(first, chosen, plan, name, checkpoint.config, checkpoint.folder).bytes

@@ -10,7 +10,7 @@ from typing import Any
 
 from quantkit import families
 from quantkit.errors import FamilyError, RecipeError
-from quantkit.families.family import SERVED_AS_ONE, STAGES, Family, in_block, matches, outside_block, rename
+from quantkit.families.family import SERVED_AS_ONE, Family, Gguf, in_block, matches, outside_block, rename
 from quantkit.recipe import GROUPS, Override, Recipe, Weights
 from quantkit.types import BlockPlan, Entry, Fold, Json, Linear, Plan, Scheme, Source
 
@@ -31,6 +31,7 @@ def make_plan(
     entries: Mapping[str, Entry],
     inputs: str = "",
     chosen: Mapping[tuple[int, str], Weights] | None = None,
+    family: Family | None = None,
 ) -> Plan:
     """The fate of every tensor of a checkpoint.
 
@@ -40,6 +41,7 @@ def make_plan(
         entries: names, dtypes and shapes of its tensors.
         inputs: a digest of everything else that decides the output (weights, calibration set, versions).
         chosen: (block, linear) -> its scheme in place of the recipe's, where a target was asked for (see `ties`).
+        family: a table in place of the shipped one.
 
     Raises:
         FamilyError: an architecture or a tensor that no table knows.
@@ -47,7 +49,7 @@ def make_plan(
     """
     if config.get("quantization_config"):
         raise RecipeError("config.json: the checkpoint is quantized already (quantization_config); start from the original weights")
-    family, model_type = families.find(config)
+    family, model_type = families.find(config) if family is None else (family, families.named_by(family, config))
     from_disk = {disk: local for local, disk in family.on_disk.items()}
     blocks: dict[int, tuple[str, dict[str, str]]] = {}  # index -> prefix, {local tensor name: name in the checkpoint}
     outside: list[str] = []
@@ -90,9 +92,8 @@ def make_plan(
             ]
         ).encode()
     ).hexdigest()
-    return Plan(
-        family.name, model_type, family.norm_offset, _precision(entries), plans, tuple(outside), dict(entries), family.ignore, digest
-    )
+    called = f"{family.name} ({family.origin})" if family.origin else family.name
+    return Plan(called, model_type, family.norm_offset, _precision(entries), plans, tuple(outside), dict(entries), family.ignore, digest)
 
 
 def _deciding(recipe: Recipe) -> Json:
@@ -130,7 +131,7 @@ def _unknown(family: Family, name: str, local: str, known: Iterable[str]) -> Non
     near = difflib.get_close_matches(local, list(known), n=1, cutoff=0.0)
     raise FamilyError(
         f"{name}: the family {family.name} knows no such tensor; the nearest it knows is {near[0] if near else 'none'!r}; "
-        f"if it belongs there, add it to quantkit/families/{family.name}.py"
+        f"if it belongs there, add it to {family.place}"
     )
 
 
@@ -201,14 +202,14 @@ def _plan_block(
     present = {*found, *(local.removesuffix(".weight") for local in tensors)}
     residual = {local: norm for local, norm in family.residual.items() if local in quantized}
     folds = tuple(_folds(family, present, set(found), quantized, found, head))
-    return BlockPlan(index, prefix, linears, folds, kept, tuple(_stages(linears)), residual)
+    return BlockPlan(index, prefix, linears, folds, kept, tuple(_stages(family, linears)), residual)
 
 
-def _stages(linears: Iterable[Linear]) -> Iterator[tuple[str, ...]]:
+def _stages(family: Family, linears: Iterable[Linear]) -> Iterator[tuple[str, ...]]:
     """The linears that are quantized, stage by stage in the order of computation."""
     locals_ = [linear.local for linear in linears if linear.scheme]
-    for leaves in STAGES:
-        if stage := tuple(local for local in locals_ if local.rpartition(".")[2] in leaves):
+    for patterns in family.stages:
+        if stage := tuple(local for local in locals_ if local.rpartition(".")[2] in patterns or any(matches(p, local) for p in patterns)):
             yield stage
 
 
@@ -275,7 +276,7 @@ def _schemes(
     notes = {local: why for local, (_, why) in wanted.items() if why}
     together: dict[str, list[str]] = {}
     for local in found:
-        together.setdefault(served_as(recipe, family, model_type, local), []).append(local)
+        together.setdefault(served_as(recipe, family.gguf.get(model_type), local), []).append(local)
     schemes: dict[str, Scheme | None] = {}
     for locals_ in together.values():
         asked = {wanted[local][0] for local in locals_}
@@ -306,9 +307,9 @@ def _schemes(
     return schemes, notes
 
 
-def served_as(recipe: Recipe, family: Family, model_type: str, local: str) -> str:
+def served_as(recipe: Recipe, table: Gguf | None, local: str) -> str:
     """A name for the matrix as which an engine serves a linear: its parts share a scheme."""
-    if recipe.formats == ["gguf"] and (table := family.gguf.get(model_type)):  # each of its tensors has a type of its own
+    if recipe.formats == ["gguf"] and table:  # each of its tensors has a type of its own
         return table.called(local) or local
     stem = local.partition("experts.")[0] + "experts" if "experts." in local else local
     return next((names[0] for names in SERVED_AS_ONE if local in names), stem)

@@ -1,5 +1,5 @@
-"""The YAML that people write, read strictly: recipes (what to do), calibration mixes (what to feed), suites (what to ask an artefact)
-and gates (what it must reach). Nothing else reads YAML."""
+"""The YAML that people write, read strictly: recipes (what to do), calibration mixes (what to feed), suites (what to ask an artefact),
+gates (what it must reach) and tables of families that are not shipped. Nothing else reads YAML."""
 
 import difflib
 import re
@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from quantkit.errors import CalibrationError, EvaluationError, QuantkitError, RecipeError
+from quantkit.errors import CalibrationError, EvaluationError, FamilyError, QuantkitError, RecipeError
 from quantkit.suites import Gate, Harness, Suite
 
 HERE = Path(__file__).parent
@@ -285,6 +285,37 @@ def changed(recipe: Recipe, fields: dict[str, Any]) -> Recipe:
         RecipeError: they do not go together with the rest.
     """
     return _validated(Recipe, recipe.model_dump() | fields, Path(f"recipe {recipe.name}"), RecipeError) if fields else recipe
+
+
+class FamilyFold(_Strict):
+    producer: str
+    consumers: Annotated[tuple[str, ...], Field(min_length=1)]
+
+
+class FamilyTable(_Strict):
+    """A family's table as a file: families/family.py says what each key is."""
+
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$")]
+    model_types: Annotated[tuple[str, ...], Field(min_length=1)]
+    linears: Annotated[tuple[str, ...], Field(min_length=1)]
+    kept: tuple[str, ...]
+    outside: tuple[str, ...]
+    folds: tuple[FamilyFold, ...]
+    ignore: tuple[str, ...]
+    norm_offset: float = 0.0
+    on_disk: dict[str, str] = {}
+    fused: dict[str, tuple[str, ...]] = {}
+    residual: dict[str, str] = {}
+    stages: Annotated[tuple[tuple[str, ...], ...], Field(min_length=1)]
+
+
+def load_family_table(path: Path) -> dict[str, Any]:
+    """A family's table in plain data, from the YAML that `quantkit families discover` writes.
+
+    Raises:
+        FamilyError: no such file, not YAML, an unknown key or a missing one.
+    """
+    return _validated(FamilyTable, _mapping(path, FamilyError), path, FamilyError).model_dump()
 
 
 def shipped_mixes() -> list[str]:

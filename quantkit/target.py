@@ -17,7 +17,7 @@ from torch import nn
 
 from quantkit.calibrate.observe import observe
 from quantkit.errors import RecipeError
-from quantkit.families import FAMILIES
+from quantkit.families import gguf_of
 from quantkit.model.blocks import Skeleton, State, Stream
 from quantkit.model.memory import give_back_memory
 from quantkit.model.proof import outputs_with
@@ -75,13 +75,13 @@ def ties(recipe: Recipe, plan: Plan) -> list[Tie]:
         RecipeError: no choice fits a linear, or nothing is left to pick.
     """
     first = recipe.formats[0]
-    family = next(one for one in FAMILIES if one.name == plan.family)
+    table = gguf_of(plan.family, plan.model_type)
     offered = tuple(recipe.choices) or CHOICES["gguf" if recipe.formats == ["gguf"] else "compressed-tensors"]
     served: dict[tuple[int | None, str], list[tuple[int, Linear]]] = {}
     for block in plan.blocks:
         matrices: dict[str, list[Linear]] = {}
         for linear in block.linears:
-            matrices.setdefault(served_as(recipe, family, plan.model_type, linear.local), []).append(linear)
+            matrices.setdefault(served_as(recipe, table, linear.local), []).append(linear)
         overrides = [one for one in recipe.overrides if one.layers is None or block.index in one.layers]
         for matrix, linears in matrices.items():
             if any(linear.scheme is None or any(any_match(one.patterns(), linear.local) for one in overrides) for linear in linears):

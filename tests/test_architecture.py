@@ -17,13 +17,14 @@ FLOORS = (
     {"pipeline"},
     {"target"},
     {"run", "formats"},
-    {"plan", "calibrate", "solve", "write", "evaluate", "publish"},  # stages: strangers to one another
+    {"plan", "discover", "calibrate", "solve", "write", "evaluate", "publish"},  # stages: strangers to one another
     {"recipe", "families", "model", "grid", "store", "report", "hf"},  # shelves: strangers to one another too
     {"types", "errors", "suites"},  # nouns
 )
 SHELVES = FLOORS[-2]
 SEES = {  # of the shelves; cli, pipeline and run see all of them
     "plan": {"recipe", "families"},
+    "discover": {"recipe", "families", "model"},  # recipe: to read a table's file
     "calibrate": {"recipe", "model"},
     "solve": {"grid"},
     "write": {"families", "model", "grid", "store"},
@@ -65,6 +66,7 @@ HELP_LOADS = (
     "quantkit",
     "quantkit.cli",
     "quantkit.cli.common",
+    "quantkit.cli.families",
     "quantkit.cli.release",
     "quantkit.__main__",
 )  # when imported: no library but click
@@ -153,6 +155,8 @@ def test_imports_keep_the_rules(module):
         ("quantkit.evaluate.session", "from quantkit.model.blocks import Stream"),
         ("quantkit.evaluate.session", "from quantkit.store import Store"),
         ("quantkit.evaluate.items", "import requests"),
+        ("quantkit.discover.folds", "from quantkit.plan import make_plan"),
+        ("quantkit.discover.folds", "import transformers"),
         ("quantkit.model.hub", "from .checkpoint import Checkpoint"),
         ("quantkit.model.hub", "from . import checkpoint"),
         ("quantkit.cli", "import torch"),

@@ -13,6 +13,7 @@ import click
 
 from quantkit import __version__
 from quantkit.cli.common import ADAPTER, JSON, one_line_errors, progress, quiet
+from quantkit.cli.families import families
 from quantkit.cli.release import COMMANDS
 from quantkit.errors import QuantkitError
 
@@ -52,6 +53,9 @@ TARGET_SIZE = click.option(
 TARGET_BITS = click.option(
     "--target-bits", type=click.FloatRange(2, 16), help="The same by bits a weight of what is quantized, scales counted: 4.25."
 )
+FAMILY = click.option(
+    "--family", metavar="TABLE", help="In place of a shipped table: `discovered`, or a file that `quantkit families discover` wrote."
+)
 FEW_TOKENS = 4096  # below, a run says so
 
 
@@ -70,6 +74,7 @@ def main() -> None:
 @FORMATS
 @TARGET_SIZE
 @TARGET_BITS
+@FAMILY
 @MAX_MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Threads of the matrix library. One is best on cores that others use too.")
 @click.option("--fresh", is_flag=True, help="Delete what an earlier run left in the folder and start anew.")
@@ -84,6 +89,7 @@ def quantize(
     formats: tuple[str, ...],
     target_size: int | None,
     target_bits: float | None,
+    family: str | None,
     max_memory: int | None,
     threads: int | None,
     fresh: bool,
@@ -97,7 +103,7 @@ def quantize(
                 from quantkit.recipe import load_mix
 
                 load_mix(calibration)  # a plan does not need it, yet a wrong name is better told now
-            _print_plan(model, recipe, adapter, formats, target_size, target_bits, as_json)
+            _print_plan(model, recipe, adapter, formats, target_size, target_bits, family, as_json)
             return
         from quantkit import pipeline
 
@@ -116,6 +122,7 @@ def quantize(
                 formats=formats,
                 target_size=target_size,
                 target_bits=target_bits,
+                family=family,
                 fresh=fresh,
                 max_memory=max_memory,
                 tell=tell,
@@ -130,6 +137,7 @@ def quantize(
 @FORMATS
 @TARGET_SIZE
 @TARGET_BITS
+@FAMILY
 @JSON
 def plan(
     model: str | None,
@@ -138,6 +146,7 @@ def plan(
     formats: tuple[str, ...],
     target_size: int | None,
     target_bits: float | None,
+    family: str | None,
     as_json: bool,
 ) -> None:
     """Every tensor's fate and the exact bytes of the output, from headers alone.
@@ -145,7 +154,7 @@ def plan(
     MODEL is a folder, a Hub id (only headers are fetched; with --adapter the model is), or a config.json alone.
     """
     with one_line_errors():
-        _print_plan(model, recipe, adapter, formats, target_size, target_bits, as_json)
+        _print_plan(model, recipe, adapter, formats, target_size, target_bits, family, as_json)
 
 
 @main.command()
@@ -279,7 +288,7 @@ def evaluate(
     sys.exit(result.exit_code)
 
 
-for command in COMMANDS:
+for command in (*COMMANDS, families):
     main.add_command(command)
 
 
@@ -293,17 +302,6 @@ def recipes() -> None:
             click.echo(f"{name:16} {load_recipe(name).description}")
 
 
-@main.command()
-def families() -> None:
-    """The model families that are known, with the folds of each."""
-    from quantkit.families import FAMILIES
-
-    for family in FAMILIES:
-        click.echo(f"{family.name:10} model_type {', '.join(family.model_types)}")
-        for fold in family.folds:
-            click.echo(f"{'':10} {fold.producer} -> {', '.join(fold.consumers)}")
-
-
 def _print_plan(
     model: str | None,
     recipe: str,
@@ -311,12 +309,13 @@ def _print_plan(
     formats: tuple[str, ...],
     target_size: int | None,
     target_bits: float | None,
+    family: str | None,
     as_json: bool,
 ) -> None:
     from quantkit import pipeline, report
 
     quiet()
-    made, sizes, others = pipeline.plan_and_others(model, recipe, adapter, formats, target_size, target_bits)
+    made, sizes, others = pipeline.plan_and_others(model, recipe, adapter, formats, target_size, target_bits, family)
     if as_json:
         click.echo(json.dumps({**report.plan_report(made, sizes), "other_formats": others}, ensure_ascii=False))
         return

@@ -15,6 +15,9 @@ from quantkit.errors import FamilyError
 Config = Mapping[str, Any]  # the text part of a config.json, every default filled in
 Metadata = dict[str, Any]  # GGUF keys behind the architecture's name; int is stored as uint32, float as float32
 
+# The order of computation inside a block, by leaf name: linears of one stage do not see each other's outputs.
+STAGES: tuple[tuple[str, ...], ...] = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
+
 
 @dataclass(frozen=True, slots=True)
 class Fold:
@@ -70,6 +73,13 @@ class Family:
     # linear whose output is added to the residual as it is -> the norm that reads the residual at that point
     residual: Mapping[str, str] = field(default_factory=dict)
     gguf: Mapping[str, Gguf] = field(default_factory=dict)  # model_type -> how llama.cpp loads it
+    stages: tuple[tuple[str, ...], ...] = STAGES  # patterns, or leaf names
+    origin: str = ""  # of a table that is not shipped: "discovered", or its file's name
+
+    @property
+    def place(self) -> str:
+        """Where a missing line would be added."""
+        return self.origin or f"quantkit/families/{self.name}.py"
 
 
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
@@ -94,8 +104,6 @@ PER_LAYER_EMBEDDINGS = ("embed_tokens_per_layer.weight", "per_layer_model_projec
 IGNORE_PER_LAYER = r"re:.*\.?per_layer_(input_gate|projection|model_projection)$"
 IGNORE_TOWERS = r"re:.*(vision_tower|audio_tower|vision_model|multi_modal_projector|embed_vision|embed_audio)\b.*"
 
-# The order of computation inside a block, by leaf name: linears of one stage do not see each other's outputs.
-STAGES = (("q_proj", "k_proj", "v_proj"), ("o_proj",), ("gate_proj", "up_proj"), ("down_proj",))
 PLAIN_RESIDUAL = {"self_attn.o_proj": "input_layernorm", "mlp.down_proj": "post_attention_layernorm"}
 GGUF_NAMES = {
     "self_attn.q_proj": "attn_q",

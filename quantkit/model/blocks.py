@@ -63,7 +63,7 @@ def hollow_model(config: Json, folder: Path | None, dtype: torch.dtype) -> Any:
     if cls is None:
         raise FamilyError(f"config.json: transformers {transformers.__version__} has no class {name!r}; is `architectures` right?")
     try:
-        parsed = _parse_config(config)
+        parsed = parse_config(config)
     except Exception as problem:  # transformers raises anything on a config that contradicts itself
         raise CheckpointError(f"{folder or 'config'}: transformers cannot read this config.json ({_line(problem)})") from None
     options: dict[str, Any] = {"dtype": dtype, "experts_implementation": experts.IMPLEMENTATION}
@@ -79,7 +79,8 @@ def hollow_model(config: Json, folder: Path | None, dtype: torch.dtype) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def _parse_config(config: Json) -> Any:
+def parse_config(config: Json) -> Any:
+    """transformers' own object; raises whatever transformers raises."""
     fields = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
 
@@ -91,7 +92,7 @@ def text_defaults(config: Json) -> Json:
         CheckpointError: transformers cannot read it.
     """
     try:
-        return dict(_parse_config(config).get_text_config().to_dict())
+        return dict(parse_config(config).get_text_config().to_dict())
     except Exception as problem:
         raise CheckpointError(f"config.json: transformers cannot read it ({_line(problem)})") from None
 
@@ -120,7 +121,7 @@ def hollow_text_model(config: Json, dtype: torch.dtype, **options: Any) -> Any:
         CheckpointError: transformers cannot read the config or build the model.
     """
     try:
-        text = _parse_config(config).get_text_config()
+        text = parse_config(config).get_text_config()
         cls: Any = transformers.AutoModelForCausalLM._model_mapping[type(text)]
         with torch.device("meta"), meta_device_safe_creation_ops():
             model = cls._from_config(text, dtype=dtype, **options)

@@ -60,6 +60,25 @@ def is_folder(model: str) -> bool:
     return False
 
 
+def config_of(model: str) -> Json:
+    """A model's config.json and nothing else: of a folder, of a Hub id, or the file itself.
+
+    Raises:
+        CheckpointError: there is none, or the Hub cannot be reached or says no.
+    """
+    if Path(model).is_file():
+        return read_json(Path(model))
+    if is_folder(model):
+        return read_json(Path(model) / "config.json")
+    repo, _, revision = model.partition("@")
+    try:
+        return read_json(Path(huggingface_hub.hf_hub_download(repo, "config.json", revision=revision or None)))
+    except CheckpointError:
+        raise
+    except Exception as problem:
+        return read_json(_cached(model, problem) / "config.json")
+
+
 def remote_headers(model: str) -> tuple[Json, dict[str, Entry]]:
     """config.json and every tensor's dtype and shape of a Hub id, without a single weight.
 

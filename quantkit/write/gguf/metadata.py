@@ -21,10 +21,10 @@ def family_table(plan: Plan) -> Gguf:
     Raises:
         WriteError: it does not, as far as the family's table knows.
     """
-    family = next(family for family in families.FAMILIES if family.name == plan.family)
-    if plan.model_type not in family.gguf:
-        raise WriteError(f"GGUF of {plan.model_type}: quantkit/families/{family.name}.py does not say how llama.cpp loads it")
-    return family.gguf[plan.model_type]
+    table = families.gguf_of(plan.family, plan.model_type)
+    if table is None:
+        raise WriteError(f"GGUF of {plan.model_type}: no shipped table says how llama.cpp loads the family {plan.family}")
+    return table
 
 
 def keys_of(table: Gguf, config: Json, name: str, label: str, tokenizer: Json | None) -> dict[str, Any]:

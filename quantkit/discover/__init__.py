@@ -1,0 +1,172 @@
+"""A family's table, found on a random twin of its config: no name is known beforehand, every line is tried.
+
+twin       <- config               the text model's structure, small, random weights (model/twin.py)
+calls      <- one forward          which module read which tensor, in what order
+folds      <- calls, trials        random scales leave a producer and enter its readers; kept if the logits stay and half of it shows
+the rest   <- calls, shapes        routers and narrow linears stay, names on disk, stages, what is added to the residual
+
+A fold is exact algebra, so fp64 logits move by what fp32 norms round (1e-7); a wrong one moves them by percents.
+"""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit import families
+from quantkit.discover import table
+from quantkit.discover.calls import watch
+from quantkit.discover.folds import Trials, norm_folds, row_folds
+from quantkit.errors import FamilyError
+from quantkit.families.family import Family, Fold, in_block
+from quantkit.model.twin import build_twin, logits_of
+from quantkit.recipe import load_family_table
+from quantkit.types import Json
+
+DISCOVERED = "discovered"
+
+
+@dataclass(frozen=True, slots=True)
+class Discovery:
+    """A table, why each of its lines stands there, and what was tried in vain or cannot be done."""
+
+    family: Family
+    evidence: Mapping[str, str]  # "producer ->" of a fold, a kept tensor, a field's name -> one line
+    rejected: tuple[str, ...]
+    notes: tuple[str, ...]
+
+
+def family_for(config: Json, asked: str | None) -> Family:
+    """The table that `--family` asks for: the shipped one where nothing is asked, one found on a twin, or a file's.
+
+    Raises:
+        FamilyError: no table is shipped; the file is none, or speaks of other model types; nothing could be found.
+    """
+    if asked is None:
+        return families.find(config)[0]
+    if asked == DISCOVERED:
+        return discover(config).family
+    if Path(asked).suffix not in (".yaml", ".yml"):
+        raise FamilyError(f"--family {asked}: give {DISCOVERED!r}, or the .yaml file of a table (`quantkit families discover` writes one)")
+    return families.from_table(load_family_table(Path(asked)), Path(asked).name)
+
+
+@torch.no_grad()
+def discover(config: Json) -> Discovery:
+    """A table for the architecture of a config.json; 0.1 to 5 s, whatever the model's size.
+
+    Raises:
+        FamilyError: no twin can be built, or its decoder blocks are not where quantkit looks for them.
+        CheckpointError: transformers cannot read the config.
+    """
+    model, logits = _running_twin(config)
+    blocks = _blocks_of(model)
+    calls, outputs = watch(model, blocks)
+    notes = list(table.obstacles(blocks, calls, outputs))
+    trials = Trials(model, blocks, logits)
+    kept_linears = table.staying(config, blocks)
+    linears = table.linears(blocks, calls, kept_linears)
+    evidence: dict[str, str] = {}
+    rejected: list[str] = []
+    folds: list[Fold] = []
+    offset = norm_folds(trials, calls, folds, evidence, rejected)
+    row_folds(trials, calls, linears, folds, evidence, rejected)
+    fused = dict(table.fused(blocks))
+    on_disk, leaves = table.on_disk(model, blocks, fused)
+    kept = table.kept(blocks, linears, fused, leaves)
+    text_type = model.config.model_type
+    named = [t for t in (config.get("model_type"), text_type) if isinstance(t, str)]
+    nested = isinstance(config.get("text_config"), Mapping)
+    family = Family(
+        name=named[0],
+        model_types=tuple(dict.fromkeys(named)),
+        linears=tuple(linears),
+        kept=kept,
+        outside=table.outside(model, nested),
+        folds=tuple(folds),
+        ignore=table.ignored(model, blocks, linears, on_disk, nested),
+        norm_offset=offset,
+        on_disk=on_disk,
+        fused=fused,
+        residual=table.residual(calls, outputs, linears),
+        stages=table.stages(calls, linears),
+        origin=DISCOVERED,
+    )
+    evidence |= {f"{local}.weight": why for local, why in kept_linears.items()}
+    evidence["norm_offset"] = f"a norm of weight 0 multiplies by {offset:g}"
+    return Discovery(family, evidence, tuple(rejected), tuple(notes))
+
+
+def _running_twin(config: Json) -> tuple[Any, Tensor]:
+    """The twin in fp64, or in fp32 where the architecture computes in no other."""
+    for dtype in (torch.float64, torch.float32):
+        model = build_twin(config, dtype)
+        try:
+            logits = logits_of(model)
+        except Exception as problem:
+            said = f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+            continue
+        if not bool(logits.isfinite().all()):
+            raise FamilyError(f"config.json: a small random {model.config.model_type} computes no finite logits; write its table by hand")
+        return model, logits
+    raise FamilyError(f"config.json: a small {model.config.model_type} does not run on a CPU ({said}); write its table by hand")
+
+
+def _blocks_of(model: Any) -> list[nn.Module]:
+    layers = getattr(model.get_decoder(), "layers", None)
+    place = next((name for name, module in model.named_modules() if module is layers), "")
+    if not isinstance(layers, nn.ModuleList) or in_block(f"{place}.0.weight") is None:
+        raise FamilyError(
+            f"config.json: the decoder blocks of {model.config.model_type} are not at model.layers.N; quantkit cannot stream them, so "
+            "use a tool that loads the whole model"
+        )
+    return list(layers)
+
+
+def as_yaml(found: Discovery, made_with: str = "") -> str:
+    """The table as a file that `--family FILE` reads, the evidence beside each line."""
+    family, evidence = found.family, found.evidence
+    lines = [f"# Found by `quantkit families discover`{f', {made_with}' if made_with else ''}. Names are a decoder block's own."]
+    lines += [f"# Mind: {note}." for note in found.notes]
+
+    def listed(key: str, values: Iterable[str]) -> None:
+        values = list(values)
+        lines.append(f"{key}:" if values else f"{key}: []")
+        lines.extend(_beside(f"- {_quoted(value)}", evidence.get(value, "")) for value in values)
+
+    def mapped(key: str, values: Mapping[str, Any]) -> None:
+        lines.append(f"{key}:" if values else f"{key}: {{}}")
+        lines.extend(f"  {_quoted(one)}: {_quoted(other)}" for one, other in values.items())
+
+    for one in fields(Family):
+        value = getattr(family, one.name)
+        if one.name in ("gguf", "origin"):
+            continue
+        if one.name == "folds":
+            lines.append("folds:" if value else "folds: []")
+            for fold in value:
+                lines.append(_beside(f"- producer: {_quoted(fold.producer)}", evidence.get(f"{fold.producer} ->", "")))
+                lines.append(f"  consumers: {_quoted(fold.consumers)}")
+            lines += [f"# not {reason}" for reason in found.rejected]
+        elif one.name == "stages":
+            lines.append("stages:" if value else "stages: []")
+            lines.extend(f"- {_quoted(stage)}" for stage in value)
+        elif isinstance(value, Mapping):
+            mapped(one.name, value)
+        elif one.name in ("name", "norm_offset"):
+            lines.append(_beside(f"{one.name}: {_quoted(value)}", evidence.get(one.name, "")))
+        else:
+            listed(one.name, value)
+    return "\n".join(lines) + "\n"
+
+
+def _quoted(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)  # JSON is YAML
+
+
+def _beside(line: str, why: str) -> str:
+    return f"{line}  # {why}" if why else line

@@ -1,0 +1,79 @@
+"""Which module read which tensor, in what order: one forward of the twin, watched."""
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.model.experts import is_experts
+from quantkit.model.twin import logits_of
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """One module's call within a block."""
+
+    local: str
+    module: nn.Module
+    read: Tensor
+    made: Tensor | None  # None of a module that returns several things, as routers do
+
+
+def watch(model: Any, blocks: list[nn.Module]) -> tuple[list[list[Call]], list[Any]]:
+    """Every call of a module that owns weights, block by block; the tensors stay alive, so that no storage is used twice."""
+    calls: list[list[Call]] = [[] for _ in blocks]
+    outputs: list[Any] = [None for _ in blocks]
+    hooks = []
+
+    def caller(index: int, local: str) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], made: Any) -> None:
+            read = next((value for value in (*args, *kwargs.values()) if torch.is_tensor(value)), None)
+            if read is not None:
+                calls[index].append(Call(local, module, read, made if torch.is_tensor(made) else None))
+
+        return hook
+
+    def output(index: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple[Any, ...], made: Any) -> None:
+            outputs[index] = made
+
+        return hook
+
+    for index, block in enumerate(blocks):
+        hooks.append(block.register_forward_hook(output(index)))
+        for local, module in block.named_modules():
+            if local and next(module.parameters(recurse=False), None) is not None:
+                hooks.append(module.register_forward_hook(caller(index, local), with_kwargs=True))
+    logits_of(model)
+    for hook in hooks:
+        hook.remove()
+    return calls, outputs
+
+
+def same(one: Tensor, other: Tensor | None) -> bool:
+    """The same values in the same memory: the tensor itself, or a view of all of it."""
+    return other is not None and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and one.numel() == other.numel()
+
+
+def starred(local: str) -> str:
+    return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", local)
+
+
+def parts_of(local: str) -> tuple[str, str, str]:
+    return tuple(f"{local}.*.{leaf}_proj" for leaf in ("gate", "up", "down"))  # type: ignore[return-value]
+
+
+def readable(module: nn.Module) -> bool:
+    """Experts whose layout quantkit computes."""
+    return is_experts(module) and bool(
+        module.has_gate and not module.has_bias and not module.is_transposed and not module.has_post_expert_norm
+    )
+
+
+def is_norm(call: Call) -> bool:
+    weight = getattr(call.module, "weight", None)
+    shaped = call.made is not None and call.made.shape == call.read.shape
+    return shaped and torch.is_tensor(weight) and weight.ndim == 1 and call.read.shape[-1] == len(weight)

@@ -1,0 +1,201 @@
+"""The lines of a table that are no folds: what is quantized, what stays and why, names on disk, stages, the residual."""
+
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from quantkit.discover.calls import Call, is_norm, parts_of, readable, same, starred
+from quantkit.errors import FamilyError
+from quantkit.families.family import ENDS, IGNORE_TOWERS, TOWERS, in_block, outside_block, rename
+from quantkit.model.blocks import hollow_text_model
+from quantkit.model.experts import check_experts, is_experts
+from quantkit.model.twin import EXPERTS, published
+from quantkit.types import Json
+
+NARROW = 32  # no group of columns fits; such linears are gates
+
+
+def obstacles(blocks: list[nn.Module], calls: list[list[Call]], outputs: list[Any]) -> Iterator[str]:
+    """What cannot be streamed or quantized, each as one sentence with what to do."""
+    for index, block in enumerate(blocks):
+        try:
+            check_experts(block)
+        except FamilyError as problem:
+            yield f"{problem}; quantkit cannot stream this model"
+            break
+        if not torch.is_tensor(outputs[index]):
+            yield f"{type(block).__name__} returns a {type(outputs[index]).__name__}, not hidden states alone; quantkit cannot stream it"
+            break
+    called = {call.local for block_calls in calls for call in block_calls}
+    silent = {local for block in blocks for local, module in block.named_modules() if isinstance(module, nn.Linear)} - called
+    for local in sorted(silent):
+        yield f"{local}: nothing called it, so it is kept as it is; a recipe cannot target it"
+    numbered = sorted({starred(local) for local in called if starred(local) != local})
+    if numbered:
+        yield f"{numbered[0]}: experts as a list of modules, outside transformers' experts interface, are kept as they are"
+
+
+def staying(config: Json, blocks: list[nn.Module]) -> dict[str, str]:
+    """What stays in the checkpoint's precision: routers, and linears narrower than any group in the model as it is published."""
+    full = hollow_text_model(config, torch.bfloat16).get_decoder().layers
+    narrow: dict[str, int] = {}
+    for block in full:
+        for local, module in block.named_modules():
+            if isinstance(module, nn.Linear):
+                narrow[local] = min(narrow.get(local, NARROW), module.in_features, module.out_features)
+    found = {}
+    for block in blocks:
+        routes = any(is_experts(module) or _fused_elsewhere(module) for module in block.modules())
+        for local, module in block.named_modules():
+            weight = getattr(module, "weight", None)
+            if routes and torch.is_tensor(weight) and weight.ndim == 2 and len(weight) == EXPERTS:
+                found[local] = "a router: as many outputs as experts"
+            elif not isinstance(module, nn.Linear):
+                continue
+            elif narrow.get(local, NARROW) < NARROW:
+                found[local] = f"narrow: {narrow[local]} channels"
+            elif starred(local) != local:
+                found[local] = "an expert in a list of modules"
+    return found
+
+
+def _fused_elsewhere(module: nn.Module) -> bool:
+    return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+
+
+def linears(blocks: list[nn.Module], calls: list[list[Call]], staying: Mapping[str, str]) -> list[str]:
+    """What may be quantized, in the order of computation."""
+    found: dict[str, None] = {}
+    for block_calls in calls:
+        for call in block_calls:
+            if isinstance(call.module, nn.Linear) and call.local not in staying:
+                found[call.local] = None
+            elif readable(call.module):
+                found |= dict.fromkeys(parts_of(call.local))
+    return list(found)
+
+
+def fused(blocks: list[nn.Module]) -> Iterator[tuple[str, tuple[str, ...]]]:
+    for block in blocks:
+        for local, module in block.named_modules():
+            if readable(module):
+                gate, up, down = parts_of(local)
+                yield f"{local}.gate_up_proj", (gate, up)
+                yield f"{local}.down_proj", (down,)
+
+
+def kept(blocks: list[nn.Module], linears: Iterable[str], fused: Mapping[str, Any], leaves: Iterable[str]) -> tuple[str, ...]:
+    """Every tensor of a block that is no quantized matrix."""
+    quantized = {f"{local}.weight" for local in linears}
+    names = dict.fromkeys(starred(name) for block in blocks for name in block.state_dict() if name not in quantized | fused.keys())
+    return tuple(names | dict.fromkeys(leaves))
+
+
+def on_disk(model: Any, blocks: list[nn.Module], fused: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, str], list[str]]:
+    """Modules whose published name differs, found by their values; and published tensors that hold a kept tensor under another leaf.
+
+    Raises:
+        FamilyError: a published tensor that is no tensor, expert or half of experts of the model.
+    """
+    table: dict[str, str] = {}
+    leaves: dict[str, None] = {}
+    whole = [dict(_tensors(block, fused)) for block in blocks]
+    for name, tensor in published(model).items():
+        if (place := in_block(name)) is None:
+            continue
+        _, index, disk = place
+        have = whole[index]
+        if disk in fused or (disk in have and have[disk].shape == tensor.shape):
+            continue
+        local = next((one for one, value in have.items() if value.shape == tensor.shape and torch.equal(value, tensor)), None)
+        if local is None:
+            raise FamilyError(f"{name}: the published checkpoint lays this tensor out otherwise than the model; write its table by hand")
+        if local.rpartition(".")[2] == disk.rpartition(".")[2]:
+            table[starred(local.rpartition(".")[0])] = starred(disk.rpartition(".")[0])
+        else:
+            leaves[starred(disk)] = None
+    return table, list(leaves)
+
+
+def _tensors(block: nn.Module, fused: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor]]:
+    """A block's tensors, fused experts as the linears in their rows."""
+    for name, tensor in block.state_dict().items():
+        if name not in fused:
+            yield name, tensor
+            continue
+        for expert, matrix in enumerate(tensor):
+            for part, rows in zip(fused[name], matrix.chunk(len(fused[name])), strict=True):
+                yield f"{part.replace('*', str(expert))}.weight", rows
+
+
+def outside(model: Any, nested: bool) -> tuple[str, ...]:
+    names = (starred(outside_block(name)) for name in published(model) if in_block(name) is None)
+    return tuple(dict.fromkeys((*ENDS, *names, *(TOWERS if nested else ()))))
+
+
+def ignored(model: Any, blocks: list[nn.Module], linears: Iterable[str], on_disk: Mapping[str, str], nested: bool) -> tuple[str, ...]:
+    """Matrices that an engine may take for linears and that are kept, as compressed-tensors patterns."""
+    quantized, names = set(linears), dict[str, None]()
+    for block in blocks:
+        for local, module in block.named_modules():
+            weight = getattr(module, "weight", None)
+            if torch.is_tensor(weight) and weight.ndim == 2 and local not in quantized:
+                names |= dict.fromkeys((starred(local), rename(on_disk, local)))
+    head = model.get_output_embeddings()
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and in_block(f"{name}.weight") is None and module is not head:
+            names[starred(outside_block(name))] = None
+    patterns = (rf"re:.*\b{re.escape(name)}$".replace(r"\*", r"\d+") for name in names)
+    return ("lm_head", *patterns, *((IGNORE_TOWERS,) if nested else ()))
+
+
+def residual(calls: list[list[Call]], outputs: list[Any], linears: Iterable[str]) -> dict[str, str]:
+    """Linears whose output is added to the residual as it is, and the norm that reads the residual there: the sum is seen again."""
+    allowed, found, against = set(linears), dict[str, str](), set[str]()
+    for block_calls, output in zip(calls, outputs, strict=True):
+        norms = [(place, call) for place, call in enumerate(block_calls) if is_norm(call)]
+        for place, call in enumerate(block_calls):
+            if not isinstance(call.module, nn.Linear) or call.local not in allowed or call.made is None:
+                continue
+            sums = [one.read for later, one in norms if later > place] + [one for one in (output,) if torch.is_tensor(one)]
+            made, before = call.made, [one for earlier, one in norms if earlier < place and one.read.shape == call.made.shape]
+            norm = next((one for one in reversed(before) if any(_is_sum(total, one.read, made) for total in sums)), None)
+            if norm is None or found.get(call.local, norm.local) != norm.local:
+                against.add(call.local)
+            else:
+                found[call.local] = norm.local
+    return {local: norm for local, norm in found.items() if local not in against}
+
+
+def _is_sum(total: Tensor, one: Tensor, other: Tensor) -> bool:
+    return total.shape == one.shape and torch.allclose(total, one + other, rtol=1e-6, atol=1e-6)
+
+
+def stages(calls: list[list[Call]], linears: Iterable[str]) -> tuple[tuple[str, ...], ...]:
+    """Linears that read the same tensor go together, in the order of computation in every block."""
+    allowed = set(linears)
+    groups: list[list[list[str]]] = []
+    for block_calls in calls:
+        made: list[tuple[Tensor, list[str]]] = []
+        for call in block_calls:
+            names = parts_of(call.local)[:2] if readable(call.module) else (call.local,)
+            if names[0] not in allowed:
+                continue
+            together = next((group for read, group in made if same(read, call.read)), None)
+            if together is None:
+                made.append((call.read, together := []))
+            together += [name for name in names if name not in together]
+            if readable(call.module) and call.made is not None:
+                made.append((call.made, [parts_of(call.local)[2]]))
+        groups.append([group for _, group in made])
+    level = dict.fromkeys(allowed, 0)
+    for _ in level:  # longest path
+        for in_order in groups:
+            reached = -1
+            for group in in_order:
+                reached = max(reached + 1, *(level[name] for name in group))
+                level |= dict.fromkeys(group, reached)
+    return tuple(tuple(name for name in linears if level[name] == stage) for stage in sorted(set(level.values())))

@@ -1,0 +1,211 @@
+"""A table that is found on a random twin says what the shipped one says; known-wrong folds are not among what it finds."""
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import transformers
+from test_families import TWINS, WRONG_FOLDS
+
+from quantkit.discover import Discovery, as_yaml, discover, family_for
+from quantkit.errors import FamilyError, QuantkitError
+from quantkit.model.checkpoint import Checkpoint
+from quantkit.plan import make_plan
+from quantkit.recipe import load_recipe
+from quantkit.types import BlockPlan
+
+# What a twin cannot know: low-rank side paths are linears like any other, our tables keep them because engines do.
+SIDE_PATHS = {
+    "gemma3n": {"laurel.linear_left", "laurel.linear_right", "per_layer_input_gate", "per_layer_projection"},
+    "gemma3n_text": {"laurel.linear_left", "laurel.linear_right", "per_layer_input_gate", "per_layer_projection"},
+    "gemma4_e": {"per_layer_input_gate", "per_layer_projection"},
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory) -> Callable[[str], Checkpoint]:
+    root, built = tmp_path_factory.mktemp("published"), dict[str, Checkpoint]()
+
+    def get(name: str) -> Checkpoint:
+        if name not in built:
+            family, changes = TWINS[name]
+            built[name] = Checkpoint(tiny.build(family, root / str(len(built)), **changes))
+        return built[name]
+
+    return get
+
+
+@pytest.fixture(scope="module")
+def discovered(checkpoints) -> Callable[[str], Discovery]:
+    made: dict[str, Discovery] = {}
+
+    def get(name: str) -> Discovery:
+        if name not in made:
+            made[name] = discover(checkpoints(name).config)
+        return made[name]
+
+    return get
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_what_is_found_is_what_ships(name, discovered, checkpoints):
+    source = checkpoints(name)
+    shipped = make_plan(load_recipe("awq-w4"), source.config, source.entries)
+    found = make_plan(load_recipe("awq-w4"), source.config, source.entries, family=discovered(name).family)
+    aside = SIDE_PATHS.get(name, set())
+    assert (found.norm_offset, found.kept) == (shipped.norm_offset, shipped.kept)
+    for ours, theirs in zip(shipped.blocks, found.blocks, strict=True):
+        more = {linear.local for linear in theirs.linears} - {linear.local for linear in ours.linears}
+        assert more == aside
+        linears = {linear.local: linear for linear in theirs.linears if linear.local not in aside}
+        assert linears == {linear.local: linear for linear in ours.linears}
+        assert {fold.producer: (set(fold.consumers), fold.head) for fold in theirs.folds if fold.producer not in aside} == {
+            fold.producer: (set(fold.consumers), fold.head) for fold in ours.folds
+        }
+        assert {local: tensor for local, tensor in ours.kept.items() if local.removesuffix(".weight") not in aside} == theirs.kept
+        assert theirs.residual == ours.residual
+        stages = [set(stage) - aside for stage in theirs.stages]
+        assert set().union(*stages) == {linear.local for linear in ours.linears if linear.scheme}
+
+
+@pytest.mark.parametrize("name", TWINS)
+def test_every_linear_is_solved_once_and_after_what_it_reads(name, discovered, checkpoints):
+    source = checkpoints(name)
+    found = make_plan(load_recipe("awq-w4"), source.config, source.entries, family=discovered(name).family)
+    for block in found.blocks:
+        order = [local for stage in block.stages for local in stage]
+        assert sorted(order) == sorted(linear.local for linear in block.linears if linear.scheme)
+        place = {local: number for number, stage in enumerate(block.stages) for local in stage}
+        for fold in block.folds:
+            if fold.producer in place:
+                assert all(place[fold.producer] < place[consumer] for consumer in fold.consumers)
+        assert place["self_attn.q_proj"] < place["self_attn.o_proj"]
+
+
+@pytest.mark.parametrize("case", WRONG_FOLDS)
+def test_known_wrong_folds_are_not_found(case, discovered, checkpoints):
+    name, folds = WRONG_FOLDS[case]
+    source = checkpoints(name)
+    found = make_plan(load_recipe("awq-w4"), source.config, source.entries, family=discovered(name).family)
+    for block in found.blocks:
+        for wrong in folds:
+            for fold in block.folds:
+                assert fold.producer != wrong.producer or set(fold.consumers) != set(wrong.consumers) & _modules(block)
+                assert fold.producer not in ("self_attn.k_proj", "mlp.gate_proj")
+
+
+def _modules(block: BlockPlan) -> set[str]:
+    return {linear.local for linear in block.linears} | {local.removesuffix(".weight") for local in block.kept}
+
+
+def test_a_rejected_fold_is_told_with_how_far_it_went(discovered):
+    rejected = discovered("gemma3n_text").rejected
+    line = next(line for line in rejected if line.startswith("input_layernorm -> "))
+    assert "laurel.linear_left" in line  # LAuReL adds the normed input itself: even with all its readers it breaks
+    assert float(line.rpartition(" ")[2]) > 1e-2
+
+
+def test_a_table_comes_back_from_its_file(discovered, checkpoints, tmp_path):
+    for name in ("mixtral", "gemma3_vision", "gemma4_moe"):
+        found, config = discovered(name), checkpoints(name).config
+        text = as_yaml(found)
+        (tmp_path / "table.yaml").write_text(text)
+        read = family_for(config, str(tmp_path / "table.yaml"))
+        assert replace(read, origin="discovered") == found.family
+        for fold in found.family.folds:  # the evidence stands beside its line
+            assert re.search(rf'- producer: "{re.escape(fold.producer)}"  # logits moved by \S+, by \S+ with half of it', text)
+
+
+@pytest.mark.parametrize(
+    "edit, words",
+    [
+        (lambda text: text.replace("folds:", "fold:"), ("unknown key 'fold'", "'folds'")),
+        (lambda text: text.replace('- "mixtral"', '- "mixtrel"'), ("a table of mixtrel", "'mixtral'")),
+        (lambda text: text + "gguf: {}\n", ("unknown key 'gguf'",)),
+        (lambda text: text.replace("norm_offset: 0.0", "norm_offset: one"), ("norm_offset", "'one'")),
+        (lambda text: "!!python/object/apply:os.system [exit]", ("not YAML",)),
+        (lambda text: "- a list", ("a mapping of keys",)),
+    ],
+)
+def test_a_table_that_is_none_is_refused(edit, words, discovered, checkpoints, tmp_path):
+    path = tmp_path / "table.yaml"
+    path.write_text(edit(as_yaml(discovered("mixtral"))))
+    source = checkpoints("mixtral")
+    with pytest.raises(FamilyError) as refused:
+        make_plan(load_recipe("awq-w4"), source.config, source.entries, family=family_for(source.config, str(path)))
+    assert all(word in str(refused.value) for word in words), refused.value
+    assert "\n" not in str(refused.value)
+
+
+def test_the_refusal_of_an_unknown_model_type_names_the_command():
+    with pytest.raises(FamilyError, match="quantkit families discover"):
+        family_for({"model_type": "olmo2"}, None)
+    with pytest.raises(FamilyError, match=r"give 'discovered', or the .yaml file"):
+        family_for({"model_type": "olmo2"}, "llama")
+
+
+def made(model_type: str) -> dict[str, Any]:
+    config = transformers.AutoConfig.for_model(model_type).to_dict()
+    return {**config, "architectures": ["of no matter here"]}
+
+
+# -- families that do not ship -----------------------------------------------------------------------------------------------------
+
+
+def test_latent_attention_and_shared_experts():
+    family = discover(made("deepseek_v3")).family
+    folds = {fold.producer: set(fold.consumers) for fold in family.folds}
+    assert folds["self_attn.q_a_layernorm"] == {"self_attn.q_b_proj"}
+    assert folds["self_attn.kv_a_layernorm"] == {"self_attn.kv_b_proj"}
+    assert folds["post_attention_layernorm"] >= {"mlp.gate", "mlp.experts.*.up_proj", "mlp.shared_experts.up_proj", "mlp.gate_proj"}
+    assert not {"self_attn.kv_b_proj", "self_attn.q_a_proj", "self_attn.q_b_proj"} & folds.keys()
+    assert "mlp.gate" not in family.linears
+    assert {"mlp.gate.weight", "mlp.gate.e_score_correction_bias"} <= set(family.kept)
+
+
+def test_norms_behind_the_sublayers_have_no_readers():
+    family = discover(made("olmo2")).family
+    assert {fold.producer for fold in family.folds} == {"self_attn.v_proj", "mlp.up_proj"}
+    assert family.residual == {}
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (made("gpt_oss"), "quantkit cannot stream this model"),
+        (made("phimoe"), None),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_streamed_is_said(config, words):
+    notes = discover(config).notes
+    assert any(words in note for note in notes) if words else not notes
+
+
+@pytest.mark.parametrize(
+    "config, words",
+    [
+        (made("gpt2"), "no num_hidden_layers"),
+        (made("opt"), "not at model.layers.N"),
+        ({"model_type": "nobody_knows_it"}, "transformers cannot read"),
+        ({"model_type": "own", "auto_map": {"AutoModel": "own.Model"}}, "code of its own"),
+        (made("clip"), "no causal language model"),
+    ],
+    ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
+)
+def test_what_cannot_be_found_is_one_sentence(config, words):
+    with pytest.raises(QuantkitError, match=words) as refused:
+        discover(config)
+    assert "\n" not in str(refused.value)
