@@ -4,6 +4,7 @@ from pathlib import Path
 
 from quantkit import report
 from quantkit.errors import QuantkitError
+from quantkit.families.family import Family
 from quantkit.model.blocks import text_defaults
 from quantkit.model.checkpoint import TensorSource
 from quantkit.plan import make_plan
@@ -24,14 +25,14 @@ def told(name: str, tokenizer: Path | None) -> str:
     return name if name != gguf.FORMAT or tokenizer else f"{name} without its tokenizer"
 
 
-def other_sizes(recipe: Recipe, plan: Plan, model: str, config: Json, tokenizer: Path | None) -> Json:
+def other_sizes(recipe: Recipe, plan: Plan, model: str, config: Json, tokenizer: Path | None, family: Family) -> Json:
     """Format that the recipe does not ask for -> its bytes, or why it refuses the recipe; with a target they are open."""
     found: Json = {}
     for name in () if recipe.has_target else FORMATS:
         if name not in recipe.formats:
             try:  # planned anew: what shares a scheme depends on who will read it
                 alone = recipe.model_copy(update={"formats": [name]})
-                made = make_plan(alone, config, plan.entries)
+                made = make_plan(alone, config, plan.entries, family=family)
                 found[told(name, tokenizer)] = writer_of(name, alone, made, model, config, tokenizer).bytes
             except QuantkitError as refusal:
                 found[name] = str(refusal)

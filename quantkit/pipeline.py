@@ -151,7 +151,7 @@ def plan_and_others(
         sizes |= {
             told(name, folder) + which: writer_of(name, chosen, one, _name(model), config, folder).bytes for which, one in plans.items()
         }
-    return made, sizes, other_sizes(chosen, made, _name(model), config, folder)
+    return made, sizes, other_sizes(chosen, made, _name(model), config, folder, table)
 
 
 def calibrate(
@@ -383,7 +383,7 @@ def _quantized(
         "parameters": report.parameters(plan),
         "bytes": sizes,
         "bits_per_weight": {name: report.bits_per_weight(size, plan) for name, size in sizes.items()},
-        "sizes": {**report.sizes_report(sizes, plan), **other_sizes(chosen, plan, name, checkpoint.config, checkpoint.folder)},
+        "sizes": {**report.sizes_report(sizes, plan), **other_sizes(chosen, plan, name, checkpoint.config, checkpoint.folder, table)},
         "kept": report.kept_report(plan),
         "calibration": fed,
         "coverage": coverage_report(run.coverage, cells_of([*batches, *reserve]), settings.expert_tokens, chosen.search.expert_floor),

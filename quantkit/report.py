@@ -15,7 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from quantkit import __version__
-from quantkit.types import BlockPlan, Json, Plan, SolvedBlock
+from quantkit.types import BlockPlan, Json, Plan, SolvedBlock, expert_of
 
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "compressed-tensors", "numpy", "huggingface_hub")
 
@@ -122,7 +122,7 @@ def block_report(plan: BlockPlan, solved: SolvedBlock, observed: bool) -> Json:
 
 def expert_tokens(solved: SolvedBlock) -> list[int]:
     """Calibration tokens that each expert of a block saw, in order; empty where there are none."""
-    counts = {int(local.split("experts.")[1].split(".")[0]): one.tokens for local, one in solved.linears.items() if "experts." in local}
+    counts = {expert: one.tokens for local, one in solved.linears.items() if (expert := expert_of(local)) is not None}
     return [counts[expert] for expert in sorted(counts)]
 
 

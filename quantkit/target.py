@@ -30,7 +30,7 @@ from quantkit.solve.budget import allocate
 from quantkit.solve.folds import choose_folds
 from quantkit.solve.pooling import Pooled
 from quantkit.store import replacing
-from quantkit.types import Batch, BlockPlan, Fold, Json, Linear, Plan, Scheme
+from quantkit.types import Batch, BlockPlan, Fold, Json, Linear, Plan, Scheme, expert_of
 
 GRID_BITS = {"q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625, "iq4_nl": 4.5}  # a weight
 TOKENS = 4096  # of the calibration set, on which schemes are told apart
@@ -86,7 +86,7 @@ def ties(recipe: Recipe, plan: Plan) -> list[Tie]:
         for matrix, linears in matrices.items():
             if any(linear.scheme is None or any(any_match(one.patterns(), linear.local) for one in overrides) for linear in linears):
                 continue
-            apart = "experts." in linears[0].local and linears[0].source.expert is None
+            apart = expert_of(linears[0].local) is not None and linears[0].source.expert is None
             place = None if apart and recipe.formats != ["gguf"] else block.index
             served.setdefault((place, matrix), []).extend((block.index, linear) for linear in linears)
     found = []
@@ -305,7 +305,7 @@ def _sampled(tie: Tie, block: int) -> list[Linear]:
 
 
 def _expert(local: str) -> int | None:
-    return int(local.split("experts.")[1].split(".")[0]) if "experts." in local else None
+    return expert_of(local)
 
 
 def _within(folds: Sequence[Fold], some: set[str], weights: Mapping[str, torch.Tensor]) -> Iterator[Fold]:

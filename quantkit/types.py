@@ -6,6 +6,7 @@ Names: a tensor of the checkpoint has its full `name` ("model.language_model.lay
 goes by its `local` name ("mlp.up_proj", "experts.17.up_proj"), which is the module path in transformers, whatever the file calls it.
 """
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -119,6 +120,12 @@ class Plan:
     def linears(self) -> Iterator[Linear]:
         for block in self.blocks:
             yield from block.linears
+
+
+def expert_of(local: str) -> int | None:
+    """17 of "mlp.experts.17.up_proj"; None of a linear that is no expert's ("mlp.shared_experts.up_proj" is none)."""
+    match = re.search(r"(?:^|\.)experts\.(\d+)\.", local)
+    return int(match[1]) if match else None
 
 
 @dataclass(frozen=True, slots=True)

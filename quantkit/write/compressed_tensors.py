@@ -26,7 +26,7 @@ from quantkit.families.family import SERVED_AS_ONE
 from quantkit.grid.integer import pack
 from quantkit.model.checkpoint import TensorSource
 from quantkit.store import Piece, Store, replacing, safetensors_header, write_safetensors
-from quantkit.types import BlockPlan, Entry, Json, Linear, Plan, Scheme
+from quantkit.types import BlockPlan, Entry, Json, Linear, Plan, Scheme, expert_of
 
 FORMAT = "compressed-tensors"
 SHARD_BYTES = 4_000_000_000  # a shard closes at the first block that reaches this; the Hub takes up to 50 GB, downloads like smaller ones
@@ -95,9 +95,9 @@ class CompressedTensors:
 
     def _check_experts(self) -> None:
         """Transformers itself decodes the experts of families other than Gemma 4: by one scheme, and without zero points."""
-        experts = [linear for linear in self.plan.linears() if "experts." in linear.local]
+        experts = [linear for linear in self.plan.linears() if expert_of(linear.local) is not None]
         schemes = {linear.scheme for linear in experts}
-        if self.plan.family == "gemma4" or schemes == {None}:
+        if self.plan.family == "gemma4" or schemes <= {None}:
             return
         zero_points = any(scheme and not scheme.symmetric for scheme in schemes)
         if len(schemes) > 1 or zero_points:
@@ -170,7 +170,7 @@ class CompressedTensors:
                 if linear.source.tensor not in copied:  # a fused tensor holds many linears
                     copied.add(linear.source.tensor)
                     yield self._copied(linear.source.tensor, self.plan.entries[linear.source.tensor])
-            elif self.fused and "experts." in linear.local:
+            elif self.fused and expert_of(linear.local) is not None:
                 if linear.source.expert is None:
                     raise WriteError(f"{linear.name}: the source keeps its experts apart; experts_layout must be per-expert")
                 fused.setdefault(linear.source.tensor, []).append(linear)
