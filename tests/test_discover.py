@@ -13,7 +13,9 @@ from test_families import TWINS, WRONG_FOLDS
 
 from quantkit.discover import Discovery, as_yaml, discover, family_for
 from quantkit.errors import FamilyError, QuantkitError
+from quantkit.hf import load_model
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.pipeline import quantize
 from quantkit.plan import make_plan
 from quantkit.recipe import load_recipe
 from quantkit.types import BlockPlan
@@ -209,3 +211,48 @@ def test_what_cannot_be_found_is_one_sentence(config, words):
     with pytest.raises(QuantkitError, match=words) as refused:
         discover(config)
     assert "\n" not in str(refused.value)
+
+
+# -- from a config to a folder -----------------------------------------------------------------------------------------------------
+
+SIZES = {"vocab_size": tiny.VOCABULARY, "hidden_size": 64, "num_hidden_layers": 2, "max_position_embeddings": 256}
+HEADS = {"intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+NEW = {
+    "olmo2": HEADS,
+    "phi3": {**HEADS, "original_max_position_embeddings": 256},
+    "deepseek_v3": {
+        **HEADS, "num_key_value_heads": 4, "moe_intermediate_size": 32, "kv_lora_rank": 32, "q_lora_rank": 64, "qk_rope_head_dim": 16,
+        "qk_nope_head_dim": 16, "v_head_dim": 16, "n_routed_experts": 4, "n_group": 2, "topk_group": 1, "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", NEW)
+def test_a_family_that_does_not_ship_goes_from_config_to_folder(model_type, tmp_path):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        ids = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
+        config = transformers.AutoConfig.for_model(model_type, **SIZES, **NEW[model_type], **ids)
+        model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "model")
+    tiny.save_tokenizer(tmp_path / "model")
+    (tmp_path / "quick.yaml").write_text(
+        "description: quick\ncalibration: {mix: smoke, samples: 3, sequence_length: 64}\nscore: {samples: 1, sequence_length: 64}\n"
+    )
+    with pytest.raises(FamilyError, match="--family discovered"):
+        quantize(str(tmp_path / "model"), recipe=str(tmp_path / "quick.yaml"), output=tmp_path / "refused")
+    made = quantize(str(tmp_path / "model"), recipe=str(tmp_path / "quick.yaml"), output=tmp_path / "out", family="discovered")
+    assert made.report["family"] == f"{model_type} (discovered)"
+    for block in made.report["blocks"]:  # proven on the real weights
+        assert block["folds"]
+        assert block["proof"] is None or block["proof"] < 1e-4
+    folder = made.artefacts["compressed-tensors"]
+    card = (folder / "README.md").read_text()
+    assert "discovered" in card
+    opened, original = load_model(folder, dtype=torch.float32), load_model(tmp_path / "model", dtype=torch.float32)
+    tokens = torch.randint(20, 300, (2, 48), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        logits = [one(input_ids=tokens, use_cache=False).logits for one in (original, opened)]
+    error = (logits[1] - logits[0]).norm() / (logits[0] - logits[0].mean(-1, keepdim=True)).norm()
+    assert 0 < error < 0.2

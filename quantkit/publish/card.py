@@ -159,6 +159,7 @@ def _context(folder: Path, about: Json, format: str, files: Json, evaluations: S
         "onnx": about.get("onnx"),
         "needs_conversion": about["family"] == "gemma4" and bool(experts),
         "model_type": about["model_type"],
+        "table": about["family"].partition(" (")[2].removesuffix(")"),
         "snippet": len(experts) == 1 and " sym " in next(iter(experts)) and recipe["experts_layout"] != "fused",
         "engines": engines,
         "limits": _limits(about, format, languages, any(row["scheme"].endswith(" signed") for _, row in rows), evaluations),
