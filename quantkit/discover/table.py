@@ -63,7 +63,7 @@ def staying(config: Json, blocks: list[nn.Module]) -> dict[str, str]:
 
 
 def _fused_elsewhere(module: nn.Module) -> bool:
-    return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))
+    return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
 
 
 def linears(blocks: list[nn.Module], calls: list[list[Call]], staying: Mapping[str, str]) -> list[str]:

@@ -71,7 +71,7 @@ def check_experts(block: nn.Module) -> None:
         FamilyError: 3-D weights outside the interface, or experts with biases, transposed, ungated or with a norm behind them.
     """
     for name, module in block.named_modules():
-        fused = any(p.ndim == 3 for p in module.parameters(recurse=False))
+        fused = any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
         if fused and not is_experts(module):
             raise FamilyError(f"{name} ({type(module).__name__}): fused experts outside transformers' experts interface cannot be streamed")
         if is_experts(module) and not (

@@ -18,7 +18,7 @@ from quantkit.types import Json
 
 HEADS, EXPERTS = 4, 6
 SIZES = {  # the config's own names -> at most so much
-    "vocab_size": 128, "vocab_size_per_layer_input": 128, "max_position_embeddings": 128, "sliding_window": 8,
+    "vocab_size": 384, "vocab_size_per_layer_input": 384, "max_position_embeddings": 128, "sliding_window": 8,
     "hidden_size": 96, "intermediate_size": 112, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
     "head_dim": 32, "query_pre_attn_scalar": 32, "hidden_size_per_layer_input": 40, "laurel_rank": 20,
     "kv_lora_rank": 44, "q_lora_rank": 56, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "qk_head_dim": 40, "v_head_dim": 36,
