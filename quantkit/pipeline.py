@@ -19,35 +19,29 @@ import torch
 
 from quantkit import recipe as recipes
 from quantkit import report
-from quantkit.calibrate.batches import make_batches, reserve_batches
 from quantkit.calibrate.collect import Reserve, collect
-from quantkit.calibrate.coverage import cells_of, coverage_report
-from quantkit.calibrate.draw import Drawn, Row, draw, make_row, manifest
-from quantkit.calibrate.draw import report as calibration_report
-from quantkit.calibrate.render import load_tokenizer
-from quantkit.calibrate.samples import choose
-from quantkit.calibrate.sources import read_samples
+from quantkit.calibrate.coverage import coverage_report
 from quantkit.calibrate.statistics import save_statistics
 from quantkit.discover import family_for
 from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, WriteError
 from quantkit.evaluate.session import Evaluation, made_from
 from quantkit.evaluate.session import evaluate as judge
 from quantkit.formats import FORMATS, Writer, other_sizes, told, writer_of
+from quantkit.inputs import Samples, input_hashes, load_recipe, name_of, open_checkpoint
 from quantkit.model.adapter import Adapted
 from quantkit.model.blocks import Skeleton, Stream, published_entries
-from quantkit.model.checkpoint import Checkpoint, TensorSource, file_digest, read_json
+from quantkit.model.checkpoint import TensorSource, read_json
 from quantkit.model.hub import card_of, find_folder, is_folder, remote_headers
 from quantkit.model.memory import Memory, give_back_memory, left_for_activations
-from quantkit.plan import make_plan, text_config
+from quantkit.plan import make_plan
 from quantkit.publish.card import write_card
 from quantkit.publish.manifest import listed, write_manifest
-from quantkit.recipe import Calibration, Recipe
+from quantkit.recipe import Recipe
 from quantkit.report import Clock, Listener, silent
 from quantkit.run import Run
 from quantkit.store import Store, check_room, clear, held, solved_bytes
 from quantkit.target import extremes, mixtures, pick
-from quantkit.types import Batch, Entry, Json, Plan, Statistics
-from quantkit.write.compressed_tensors import PASSED_ON
+from quantkit.types import Entry, Json, Plan, Statistics
 from quantkit.write.gguf.artefact import GgufFile
 from quantkit.write.gguf.metadata import family_table
 from quantkit.write.onnx.artefact import OnnxFolder
@@ -68,37 +62,6 @@ class Result:
     @property
     def scores(self) -> Json:
         return dict(self.report["heldout"])
-
-
-def load_recipe(
-    name: str,
-    calibration: str | None = None,
-    formats: Sequence[str] = (),
-    target_size: int | None = None,
-    target_bits: float | None = None,
-) -> Recipe:
-    """A recipe, with another calibration mix, other formats or a target where they are asked for."""
-    recipe = recipes.load_recipe(name)
-    changed: Json = {"formats": list(dict.fromkeys(formats))} if formats else {}
-    if target_size is not None or target_bits is not None:
-        changed |= {"target_size": target_size, "target_bits": target_bits}
-    if calibration is not None:
-        changed["calibration"] = recipe.calibration.model_copy(update={"mix": calibration})
-    return recipes.changed(recipe, changed)
-
-
-def _name(model: str | None) -> str:
-    """What a run calls its model: the folder's own name, wherever one stands, or the Hub's."""
-    if model is None:
-        return "reference"
-    return Path(model).resolve().name if Path(model).is_dir() else Path(model.partition("@")[0]).name
-
-
-def open_checkpoint(model: str | None, adapter: str | None = None) -> TensorSource:
-    """A model's headers: the embedded reference model, a folder or a Hub id, with an adapter merged on the way."""
-    folder = recipes.reference_model() if model is None else find_folder(model)
-    checkpoint: TensorSource = Checkpoint(folder)
-    return Adapted(checkpoint, Path(adapter)) if adapter else checkpoint
 
 
 def plan(
@@ -149,9 +112,9 @@ def plan_and_others(
     sizes: dict[str, int] = {}
     for name in chosen.formats:
         sizes |= {
-            told(name, folder) + which: writer_of(name, chosen, one, _name(model), config, folder).bytes for which, one in plans.items()
+            told(name, folder) + which: writer_of(name, chosen, one, name_of(model), config, folder).bytes for which, one in plans.items()
         }
-    return made, sizes, other_sizes(chosen, made, _name(model), config, folder, table)
+    return made, sizes, other_sizes(chosen, made, name_of(model), config, folder, table)
 
 
 def calibrate(
@@ -164,6 +127,7 @@ def calibrate(
     imatrix: str | Path | None = None,
     imported: str | Path | None = None,
     grams: bool = False,
+    family: str | None = None,
     max_memory: int | None = None,
     tell: Listener = silent,
 ) -> Json:
@@ -175,6 +139,7 @@ def calibrate(
         imatrix: write them as an importance matrix for `llama-quantize` too.
         imported: an importance matrix of llama.cpp; it becomes the statistics, and nothing is run.
         grams: keep x x^T of every linear that has one, several times the model's size.
+        family: "discovered" or a table's .yaml file, in place of a shipped table.
         max_memory: bytes; activations that do not fit beside a block lie in mapped files beside `output`, with the same result.
 
     Returns:
@@ -189,16 +154,16 @@ def calibrate(
     for path in (output, imatrix):
         if path is not None and not Path(path).absolute().parent.is_dir():
             raise CalibrationError(f"{path}: there is no such folder to write to")
-    plan = make_plan(chosen, checkpoint.config, checkpoint.entries)
+    plan = make_plan(chosen, checkpoint.config, checkpoint.entries, family=family_for(checkpoint.config, family))
     clock.blocks = len(plan.blocks)
-    about: Json = {"model": _name(model), "versions": report.versions()}
+    about: Json = {"model": name_of(model), "versions": report.versions()}
     memory = Memory(left_for_activations(plan, max_memory, False), Path(output).absolute().parent)
     if imported is not None:
         widths = [{linear.local: linear.shape[1] for linear in block.linears} for block in plan.blocks]
         statistics = _imatrix().read_imatrix(Path(imported), family_table(plan), widths)
         statistics = replace(statistics, about={**about, **statistics.about})
     else:
-        statistics = _collected(plan, checkpoint, settings, chosen.search.expert_floor, clock, about, grams, memory)
+        statistics = _collected(chosen, plan, checkpoint, clock, about, grams, memory)
     with clock.phase("writing", len(plan.blocks)):
         save_statistics(Path(output), statistics)
         if imatrix is not None:
@@ -208,32 +173,25 @@ def calibrate(
     return {**statistics.about, "seconds": seconds, "spilled": memory.spilled, "peak_memory": report.peak_memory()}
 
 
-def _collected(
-    plan: Plan, checkpoint: TensorSource, settings: Calibration, expert_floor: int, clock: Clock, about: Json, grams: bool, memory: Memory
-) -> Statistics:
+def _collected(recipe: Recipe, plan: Plan, checkpoint: TensorSource, clock: Clock, about: Json, grams: bool, memory: Memory) -> Statistics:
     """The original model, block after block, over the calibration set and as much of the reserve as its experts need."""
     with clock.phase("tokenizing"):
-        tokenizer = load_tokenizer(checkpoint.folder)
-        drawn = draw(recipes.load_mix(settings.mix), settings, tokenizer)
-        batches, fed = _batches(drawn.rows, settings), calibration_report(drawn, tokenizer, settings.thinking)
-        clock.tokens = sum(int(batch.real.sum()) for batch in batches)
-        more = _reserve(drawn, settings)
-        _check_vocabulary([*batches, *more], checkpoint)
+        samples = Samples.read(recipe, checkpoint, calibrated=True, scored=False)
+        clock.tokens = samples.tokens
     with clock.phase("building the skeleton"):
         skeleton = Skeleton(checkpoint, plan.dtype, memory)
-        stream, reserve = Stream(skeleton, batches), Reserve.start(skeleton, more)
+        stream, reserve = Stream(skeleton, samples.calibration), Reserve.start(skeleton, samples.reserve)
         state = stream.start()
         state.check("the embeddings")
-    cells = cells_of([*batches, *more])
-    blocks = []
+    cells, blocks, floor = samples.cells, [], recipe.calibration.expert_tokens
     for block_plan in plan.blocks:
         with clock.block(counts=True), clock.phase("observing", block_plan.index), skeleton.block(block_plan.index) as block:
-            blocks.append(collect(stream, block, state, reserve, cells, settings.expert_tokens, grams))
+            blocks.append(collect(stream, block, state, reserve, cells, floor, grams))
         state.check(f"block {block_plan.index}")
         give_back_memory()
-    fed |= {"reserve_tokens": sum(int(batch.real.sum()) for batch in more)}
-    coverage = coverage_report(blocks, cells, settings.expert_tokens, expert_floor)
-    return Statistics(tuple(blocks), tuple(cells), {**about, "calibration": fed, "coverage": coverage, "samples": manifest(drawn.rows)})
+    fed = {**samples.about, "reserve_tokens": samples.reserve_tokens}
+    coverage = coverage_report(blocks, cells, floor, recipe.search.expert_floor)
+    return Statistics(tuple(blocks), tuple(cells), {**about, "calibration": fed, "coverage": coverage, "samples": samples.manifest})
 
 
 def _imatrix() -> Any:
@@ -282,7 +240,7 @@ def quantize(
     """
     chosen = load_recipe(recipe, calibration, formats, target_size, target_bits)
     checkpoint = open_checkpoint(model, adapter)
-    name = _name(model)
+    name = name_of(model)
     out = Path(output) if output is not None else Path(f"{name}-{chosen.name}")
     with held(out):
         return _quantized(chosen, checkpoint, model, name, out, adapter, family, fresh, max_memory, Clock(tell))
@@ -302,7 +260,7 @@ def _quantized(
 ) -> Result:
     """The main job, in a folder that no other run writes to."""
     with clock.phase("reading headers"):
-        hashes = _input_hashes(checkpoint, chosen, adapter)
+        hashes = input_hashes(checkpoint, chosen, adapter)
         table = family_for(checkpoint.config, family)
         inputs = repr([sorted(hashes.items()), report.versions(), *([table] if family else [])])
 
@@ -319,22 +277,12 @@ def _quantized(
             check_room(out, sum(writer.bytes for writer in sizing[0]) + solved_bytes(plan))
         clock.blocks = len(plan.blocks)
     with clock.phase("tokenizing"):
-        tokenizer = load_tokenizer(checkpoint.folder)
-        settings = chosen.calibration
-        drawn = Drawn([], iter(()), None, None)
-        batches: list[Batch] = []
-        if chosen.method != "rtn":  # plain rounding needs no data
-            drawn = draw(recipes.load_mix(settings.mix), settings, tokenizer)
-            batches = _batches(drawn.rows, settings)
-        reserve = _reserve(drawn, settings)
-        fed = calibration_report(drawn, tokenizer, settings.thinking)
-        plan = replace(plan, fingerprint=f"{plan.fingerprint} {fed['digest']}")  # solved blocks are those of these very tokens
-        clock.tokens = sum(int(batch.real.sum()) for batch in batches)
-        heldout = _heldout(chosen, tokenizer)
-        _check_vocabulary([*batches, *heldout, *reserve], checkpoint)
+        samples = Samples.read(chosen, checkpoint, calibrated=chosen.method != "rtn", scored=True)
+        plan = replace(plan, fingerprint=f"{plan.fingerprint} {samples.about['digest']}")  # solved blocks are those of these very tokens
+        clock.tokens = samples.tokens
     if fresh:
         clear(out, OURS)
-    told_by = {"model": name, "recipe": chosen.name, "calibration": settings.mix, "adapter": adapter}
+    told_by = {"model": name, "recipe": chosen.name, "calibration": chosen.calibration.mix, "adapter": adapter}
     if chosen.has_target:
         told_by["target"] = f"{chosen.target_size or chosen.target_bits} in {chosen.formats[0]}"
     store = Store(out / SOLVED, plan, told_by)
@@ -347,18 +295,18 @@ def _quantized(
 
         def remade(schemes: Mapping[tuple[int, str], recipes.Weights]) -> Plan:
             """The plan with other schemes. They follow from its inputs, so it is the same run."""
-            return replace(make_plan(chosen, checkpoint.config, checkpoint.entries, inputs, schemes, table), fingerprint=fingerprint)
+            return replace(planned(schemes), fingerprint=fingerprint)
 
         def size_of(plan: Plan) -> int:
             return writer_of(first, chosen, plan, name, checkpoint.config, checkpoint.folder).bytes
 
-        plan, target = pick(chosen, plan, remade, size_of, skeleton, batches, store.folder / "target.json", clock)
+        plan, target = pick(chosen, plan, remade, size_of, skeleton, samples.calibration, store.folder / "target.json", clock)
     writers: dict[str, Writer] = {
         wanted: writer_of(wanted, chosen, plan, name, checkpoint.config, checkpoint.folder, checkpoint, store, out)
         for wanted in chosen.formats
     }
     with clock.phase("building the skeleton"):
-        run = Run.start(chosen, plan, skeleton, store, clock, batches, heldout, reserve)
+        run = Run.start(chosen, plan, skeleton, store, clock, samples.calibration, samples.heldout, samples.reserve)
     reports = []
     for block_plan in plan.blocks:
         with clock.block(counts=block_plan.index not in store):
@@ -385,8 +333,8 @@ def _quantized(
         "bits_per_weight": {name: report.bits_per_weight(size, plan) for name, size in sizes.items()},
         "sizes": {**report.sizes_report(sizes, plan), **other_sizes(chosen, plan, name, checkpoint.config, checkpoint.folder, table)},
         "kept": report.kept_report(plan),
-        "calibration": fed,
-        "coverage": coverage_report(run.coverage, cells_of([*batches, *reserve]), settings.expert_tokens, chosen.search.expert_floor),
+        "calibration": samples.about,
+        "coverage": coverage_report(run.coverage, samples.cells, chosen.calibration.expert_tokens, chosen.search.expert_floor),
         "heldout": scores,
         "target": target,
         **{name: asdict(writer.layout.rounded) for name, writer in writers.items() if isinstance(writer, GgufFile)},
@@ -400,7 +348,7 @@ def _quantized(
         "threads": torch.get_num_threads(),
         "versions": report.versions(),
         "inputs": hashes,
-        "samples": manifest(drawn.rows),
+        "samples": samples.manifest,
         "base_card": card_of(checkpoint.folder),
         "adapter_card": card_of(Path(adapter)) if adapter else None,
         "blocks": reports,
@@ -468,43 +416,3 @@ def evaluate(
         cache=Path(cache) if cache is not None else None,
         tell=tell,
     )
-
-
-def _heldout(recipe: Recipe, tokenizer: Any) -> list[Batch]:
-    """Our held-out samples as batches; none where the recipe scores nothing."""
-    if recipe.score.samples == 0:
-        return []
-    samples = choose(read_samples(recipes.heldout_files()), recipe.score.samples, recipe.calibration.seed)
-    rows = [make_row(sample, tokenizer, recipe.score.sequence_length, recipe.calibration.thinking) for sample in samples]
-    return make_batches(rows, recipe.calibration.batch_tokens)
-
-
-def _reserve(drawn: Drawn, settings: Calibration) -> list[Batch]:
-    """What experts may get beyond the set; nothing where no floor is asked for."""
-    tokens = sum(len(row.ids) for row in drawn.rows) * settings.reserve if settings.expert_tokens else 0
-    return reserve_batches(drawn.reserve, int(tokens), settings.batch_tokens, settings.ignore_prompts)
-
-
-def _batches(rows: Sequence[Row], settings: Calibration) -> list[Batch]:
-    fill_to = settings.sequence_length if settings.packing == "fixed" else None
-    return make_batches(rows, settings.batch_tokens, fill_to, settings.ignore_prompts)
-
-
-def _check_vocabulary(batches: Sequence[Batch], checkpoint: TensorSource) -> None:
-    size = text_config(checkpoint.config).get("vocab_size")
-    highest = max((int(batch.ids.max()) for batch in batches), default=0)
-    if isinstance(size, int) and highest >= size:
-        raise CalibrationError(
-            f"{checkpoint.folder}: its tokenizer makes token {highest}, its vocabulary ends at {size - 1}; another model's?"
-        )
-
-
-def _input_hashes(checkpoint: TensorSource, recipe: Recipe, adapter: str | None) -> dict[str, str]:
-    """Digests of all that a run reads; a store refuses blocks that were solved from other inputs."""
-    files = [p for p in sorted(checkpoint.folder.iterdir()) if p.suffix in (".safetensors", *PASSED_ON)]
-    hashes = {path.name: file_digest(path) for path in files if path.is_file()}
-    if recipe.method != "rtn":
-        hashes |= {f"calibration/{path.name}": file_digest(path) for path in recipes.load_mix(recipe.calibration.mix).files()}
-    if adapter:
-        hashes |= {f"adapter/{p.name}": file_digest(p) for p in sorted(Path(adapter).iterdir()) if p.suffix in (".safetensors", ".json")}
-    return hashes

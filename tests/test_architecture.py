@@ -16,7 +16,7 @@ FLOORS = (
     {"release"},  # what becomes of a run that is done
     {"pipeline"},
     {"target"},
-    {"run", "formats"},
+    {"run", "formats", "inputs"},
     {"plan", "discover", "calibrate", "solve", "write", "evaluate", "publish"},  # stages: strangers to one another
     {"recipe", "families", "model", "grid", "store", "report", "hf"},  # shelves: strangers to one another too
     {"types", "errors", "suites"},  # nouns

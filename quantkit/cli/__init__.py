@@ -166,6 +166,7 @@ def plan(
 @RECIPE
 @click.option("--calibration", metavar="MIX", help="A mix, or data: a .jsonl, .parquet or .txt file, a folder.")
 @ADAPTER
+@FAMILY
 @MAX_MEMORY
 @click.option("--threads", type=click.IntRange(1), help="Threads of the matrix library. One is best on cores that others use too.")
 @JSON
@@ -178,6 +179,7 @@ def calibrate(
     recipe: str,
     calibration: str | None,
     adapter: str | None,
+    family: str | None,
     max_memory: int | None,
     threads: int | None,
     as_json: bool,
@@ -201,6 +203,7 @@ def calibrate(
                 recipe=recipe,
                 calibration=calibration,
                 adapter=adapter,
+                family=family,
                 max_memory=max_memory,
                 tell=tell,
             )
