@@ -42,7 +42,8 @@ class Samples:
         """
         tokenizer, settings = load_tokenizer(checkpoint.folder), recipe.calibration
         drawn = draw(recipes.load_mix(settings.mix), settings, tokenizer) if calibrated else Drawn([], iter(()), None, None)
-        calibration, reserve = _batches(drawn.rows, settings), _reserve(drawn, settings)
+        calibration = _batches(drawn.rows, settings) if calibrated else []
+        reserve = _reserve(drawn, settings)
         heldout = _heldout(recipe, tokenizer) if scored else []
         _check_vocabulary([*calibration, *heldout, *reserve], checkpoint)
         return cls(calibration, reserve, heldout, calibration_report(drawn, tokenizer, settings.thinking), manifest(drawn.rows))
