@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from quantkit import report
 from quantkit.calibrate.collect import Reserve, added, unfed
 from quantkit.calibrate.coverage import cells_of, top_up, watch_routing
+from quantkit.calibrate.kept import Kept
 from quantkit.calibrate.observe import observe, sensitivity
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluate.divergence import Scores, compare
@@ -151,9 +152,10 @@ class Run:
         assert self.reference is not None
         search, effort = self.recipe.search, effort_of(self.recipe)
         wanted = _quantized(plan)
+        of_original = Kept(self.skeleton.memory)
         with self.clock.phase("observing", plan.index):
             with watch_routing(block, self.calibration.batches, self.cells) as routing:
-                fed = observe(self.calibration, block, self.reference, set(wanted), grams=False)
+                fed = observe(self.calibration, block, self.reference, set(wanted), grams=False, kept=of_original)
             drawn, hungry = self._draw(block, routing)
             for number in range(drawn):
                 more = observe(self.reserve.streams[number], block, self.reserve_reference.states[number], set(wanted), grams=False)
@@ -165,7 +167,7 @@ class Run:
         with self.clock.phase("solving", plan.index):
             folding = choose_folds(plan, weights, kept, Pooled(fed, effort.expert_floor), matter, self.plan.norm_offset, effort)
         folding, proof = self._proven(plan, block, self.reference, folding)
-        twin = self.skeleton.twin(block)
+        twin, of_twin = self.skeleton.twin(block), Kept(self.skeleton.memory, like=of_original)
         solved: dict[str, Solved] = {}
         pairs = search.retarget > 0
         for number, stage in enumerate(plan.stages):
@@ -180,6 +182,8 @@ class Run:
                     beside=(block, self.reference) if pairs else None,
                     residual=plan.residual if search.residual and pairs else None,
                     move=last and pairs,
+                    kept=of_twin,
+                    kept_beside=of_original,
                 )
                 for number in range(drawn):
                     spare = self.reserve.streams[number]

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from quantkit.calibrate.kept import Kept
 from quantkit.model.blocks import State, Stream
 from quantkit.model.experts import is_experts
 from quantkit.types import Batch, InputStats
@@ -83,6 +84,8 @@ def observe(
     held: bool = False,
     beside: tuple[nn.Module, State] | None = None,
     residual: Mapping[str, str] | None = None,
+    kept: Kept | None = None,
+    kept_beside: Kept | None = None,
 ) -> dict[str, InputStats]:
     """Statistics of linears and experts of the open block, by local name, padding (and prompts, where the recipe ignores them) left out.
 
@@ -97,10 +100,11 @@ def observe(
         held: keep every twentieth row apart, as `InputStats.held`.
         beside: the original block and its state: sums of the drift, too; with `move` it is this state that moves.
         residual: linear -> the norm that reads the residual stream where the linear adds to it: sums of what the stream lacks there.
+        kept, kept_beside: of the block and of the one beside it, what earlier calls left of runs that need not be computed again.
     """
-    tap, other = _Tap(block, wanted, residual or {}), None
+    tap, other = _Tap(block, wanted, residual or {}, kept), None
     if beside is not None:
-        other = _Tap(beside[0], wanted, residual or {})
+        other = _Tap(beside[0], wanted, residual or {}, kept_beside)
     sums: dict[tuple[str, bool], _Sums] = {(local, False): _Sums(width, gram and grams) for local, width, gram in tap.experts()}
     rows = 0
     with tap.attached(), other.attached() if other is not None else _nothing():
@@ -111,12 +115,16 @@ def observe(
                 if move:
                     assert out is not None
                     beside[1].hidden[number] = out
-            run, out = tap.run(stream, state, number, whole=move and other is None, routing=pair.routing if pair else None)
+            whole = (move and other is None) or (kept is not None and kept.finds)
+            run, out = tap.run(stream, state, number, whole=whole, routing=pair.routing if pair else None)
             if move and other is None:
                 assert out is not None
                 state.hidden[number] = out
             _add(sums, run, pair, batch, rows if held else None, residual or {}, grams)
             rows += len(batch.ids)
+    for one in (kept, kept_beside):
+        if one is not None:
+            one.finds = False
     stats = {
         local: one.frozen(sums[local, True].frozen() if (local, True) in sums else None) for (local, back), one in sums.items() if not back
     }
@@ -165,8 +173,8 @@ def _nothing() -> Iterator[None]:
 class _Tap:
     """Hooks on a block that record its linears' inputs, run by run."""
 
-    def __init__(self, block: nn.Module, wanted: Container[str] | None, residual: Mapping[str, str]):
-        self.block = block
+    def __init__(self, block: nn.Module, wanted: Container[str] | None, residual: Mapping[str, str], kept: Kept | None):
+        self.block, self._wanted, self._kept = block, wanted or (), kept
         self.same: dict[str, str] = {}
         self._linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and (wanted is None or n in wanted)}
         self._norms = {norm for local, norm in residual.items() if local in self._linears}
@@ -210,7 +218,8 @@ class _Tap:
         for name, (module, _, _) in self._experts.items():
             module.routing = routing.get(name) if routing else None  # type: ignore[assignment]
         try:
-            return self._run, stream.run(self.block, state, batch)
+            with self._kept.over(self.block, batch, self._wanted) if self._kept else _nothing():
+                return self._run, stream.run(self.block, state, batch)
         except _Enough:
             return self._run, None
 
@@ -244,6 +253,8 @@ class _Tap:
             else:
                 self._last = (args[0], local)
                 self._run.seen.append(_Seen(local, args[0].reshape(-1, args[0].shape[-1])))
+                if self._kept:
+                    self._kept.put(local, args[0])
             self._saw(local)
 
         return hook
