@@ -61,7 +61,23 @@ class _Seen:
     x: Float[Tensor, "rows in"]
     token: Int[Tensor, " rows"] | None = None
     weight: Float[Tensor, " rows"] | None = None  # squared routing weight
-    gram: bool = True
+    experts: tuple[int, Int[Tensor, "rows slots"], Float[Tensor, "rows slots"]] | None = None  # how many; chosen, squared weights
+
+
+def _add_routed(sums: dict[tuple[str, bool], _Sums], seen: _Seen, hold: bool, chosen: Bool[Tensor, " rows"]) -> None:
+    """What each expert's gate and up are fed, diagonals only: tokens are many, so two products in place of a gather for each expert."""
+    assert seen.experts is not None
+    count, index, squared = seen.experts
+    x, index, squared = seen.x[chosen].float(), index[chosen], squared[chosen]
+    routed = x.new_zeros(len(x), count)
+    there, weight = routed.scatter(1, index, 1.0), routed.scatter(1, index, squared)
+    tokens, mean, square = there.sum(0).long().tolist(), there.T @ x.abs(), weight.T @ x.square()
+    for expert in range(count):
+        if tokens[expert]:
+            part = sums.setdefault((seen.local.replace("*", str(expert)), hold), _Sums(x.shape[-1], False))
+            part.tokens += tokens[expert]
+            part.abs += mean[expert]
+            part.square += square[expert]
 
 
 @dataclass(slots=True)
@@ -156,7 +172,9 @@ def _add(
             chosen = of_token if seen.token is None else of_token[seen.token]
             if hold and not bool(chosen.any()):
                 continue
-            part = sums.setdefault((seen.local, hold), _Sums(seen.x.shape[-1], seen.gram and grams))
+            if seen.experts is not None:
+                _add_routed(sums, seen, hold, chosen)
+            part = sums.setdefault((seen.local, hold), _Sums(seen.x.shape[-1], grams))
             part.add(
                 seen.x[chosen],
                 None if seen.weight is None else seen.weight[chosen],
@@ -275,10 +293,8 @@ class _Tap:
             if inputs:
                 squared = weights.float().square()
                 everyone = torch.arange(len(hidden))
-                self._run.seen.append(_Seen(f"{name}.*.gate_proj", hidden, everyone, squared.sum(-1)))
-                for expert in index.unique().tolist():
-                    token, slot = torch.where(index == expert)
-                    self._run.seen.append(_Seen(f"{name}.{expert}.gate_proj", hidden[token], token, squared[token, slot], gram=False))
+                experts = len(module.down_proj), index, squared  # type: ignore[arg-type]
+                self._run.seen.append(_Seen(f"{name}.*.gate_proj", hidden, everyone, squared.sum(-1), experts))
                 self._saw(f"{name} in")
 
         return hook
