@@ -19,6 +19,7 @@ from quantkit.model.experts import is_experts
 from quantkit.types import Batch, InputStats
 
 HELD = 20  # every twentieth row is held back, for judging
+WIDE, STRIPS = 1024, 4  # a Gram of this width is symmetric: only its upper strips are summed, 5/8 of the products
 
 
 class _Enough(Exception):
@@ -41,7 +42,8 @@ class _Sums:
         self.square += (x * weighted).sum(0)
         if self.gram is None:
             return
-        self.gram.addmm_(x.T, weighted)  # in place: there is never a second Gram
+        for strip in _strips(self.gram):
+            self.gram[strip, strip.start :].addmm_(x[:, strip].T, weighted[:, strip.start :])  # in place: there is never a second Gram
         if original is not None:
             self.drift = torch.zeros_like(self.gram) if self.drift is None else self.drift
             self.drift.addmm_((original.float() - x).T, weighted)
@@ -50,7 +52,16 @@ class _Sums:
             self.residual.addmm_(lacking.float().T, weighted)
 
     def frozen(self, held: "InputStats | None" = None) -> InputStats:
+        for strip in _strips(self.gram) if self.gram is not None else ():
+            self.gram[strip, : strip.start] = self.gram[: strip.start, strip].T  # type: ignore[index]
         return InputStats(self.tokens, self.abs, self.square, self.gram, self.drift, self.residual, held)
+
+
+def _strips(gram: Float[Tensor, "in in"]) -> list[slice]:
+    """Rows of a symmetric sum that are summed together, from the diagonal on."""
+    width = len(gram)
+    step = -(-width // STRIPS) if width >= WIDE else width
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
 
 @dataclass(frozen=True, slots=True)
