@@ -18,7 +18,7 @@ from quantkit.solve import ranges
 from quantkit.types import FoldReport, Scheme
 
 CLIPS_IN_SEARCH = 4  # a candidate is judged with its ranges searched, coarsely
-CHUNK = 1 << 21  # weights at a time
+CHUNK = 1 << 18  # weights at a time: temporaries stay in the cache
 WIDEST = 2.0**10  # a scale beyond this would leave a norm without resolution
 
 

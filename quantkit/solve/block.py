@@ -24,7 +24,7 @@ from quantkit.types import BlockPlan, Blocks, Codes, Effort, InputStats, Linear,
 
 JUDGED_ROWS = 512  # rows of a matrix on which its output error is measured
 JUDGED_EXPERT_ROWS = 64
-CHUNK = 1 << 20  # weights at a time in the range search: temporaries stay in the cache
+CHUNK = 1 << 18  # weights at a time in the range search: temporaries stay in the cache
 STACK = 1 << 24  # weights at a time under compensation: tall enough that products dominate
 
 
