@@ -57,7 +57,9 @@ def _block(plan: BlockPlan, kind: str, entries: Mapping[str, Entry], share: floa
         stages = 2 * one([q]) + before_o + 2 * (one([o]) + one(mlp) + router) + last
     else:
         down = leaf("down_proj")
-        stages = 2 * one([q]) + before_o + 2 * (one([o]) + one(leaf("gate_proj"))) + 2 * one([o]) + one(down) + one(leaf("gate_proj", "up_proj"))
+        stages = (
+            2 * one([q]) + before_o + 2 * (one([o]) + one(leaf("gate_proj"))) + 2 * one([o]) + one(down) + one(leaf("gate_proj", "up_proj"))
+        )
     grams = solve = factor = 0.0
     held: Counter[int] = Counter()
     for number, stage in enumerate(plan.stages):

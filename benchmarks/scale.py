@@ -125,7 +125,12 @@ def measured(arguments: argparse.Namespace, folder: Path) -> list[str]:
 def told(run: dict[str, Any], blocks: list[Block], rates: dict[str, float], wall: float, whole: int) -> list[str]:
     """The tables of one run: phases, rates, loads, the floor, the whole model."""
     by_block, tokens, beside = run["seconds_by_block"], run["calibration"]["tokens"], run["heldout"]["tokens"]
-    lines = ["", f"{'phase':28}" + "".join(f"{f'block {n}' + (' full' if b.kind.startswith('full') else ''):>14}" for n, b in enumerate(blocks)) + f"{'all':>10}"]
+    lines = [
+        "",
+        f"{'phase':28}"
+        + "".join(f"{f'block {n}' + (' full' if b.kind.startswith('full') else ''):>14}" for n, b in enumerate(blocks))
+        + f"{'all':>10}",
+    ]
     for phase, total in run["seconds"].items():
         lines.append(f"{phase:28}" + "".join(f"{of.get(phase, 0):14.1f}" for of in by_block) + f"{total:10.1f}")
     passes = [of["running the quantized block"] - of["running held-out samples"] for of in by_block]

@@ -101,6 +101,44 @@ def choose_scale(
     return Choice(best, FoldReport(producer, exponent, bounds, least / unfolded if unfolded else 1.0))
 
 
+def choose_alike(
+    producers: Sequence[str],
+    consumers: Sequence[Consumer],
+    mean_abs: Sequence[Float[Tensor, " in"]],
+    exponents: int,
+    realize: Callable[[Float[Tensor, " in"]], Float[Tensor, " in"]],
+) -> list[Choice]:
+    """`choose_scale` for many producers with one consumer each, of one shape and scheme (a layer's experts): searched side by side.
+
+    Dozens of experts cost what one does where a matrix is too small to keep the machine busy.
+    """
+    first = consumers[0]
+    weight, importance = torch.stack([c.weight for c in consumers]), torch.stack([c.importance for c in consumers])
+    candidates = [list(_candidates(fed, _magnitude([consumer]), exponents)) for fed, consumer in zip(mean_abs, consumers, strict=True)]
+    best = torch.ones(len(consumers), weight.shape[-1])
+    unfolded = least = _losses(weight, importance, best, first)
+    chosen: list[tuple[float, float] | None] = [None] * len(consumers)
+    for step in range(exponents):
+        alive = [number for number, found in enumerate(candidates) if found]
+        if not alive:
+            break
+        scale = best.clone()
+        for number in alive:
+            scale[number] = realize(candidates[number][step][1])
+        value = _losses(weight, importance, scale, first)
+        for number in alive:
+            if value[number] < least[number]:
+                alpha = candidates[number][step][0]
+                chosen[number] = alpha, 1 - alpha
+        wins = value < least
+        best, least = torch.where(wins[:, None], scale, best), torch.where(wins, value, least)
+    ratios = torch.where(unfolded > 0, least / unfolded, 1.0).tolist()
+    return [
+        Choice(best[number], FoldReport(name, chosen[number], (float(best[number].min()), float(best[number].max())), ratios[number]))
+        for number, name in enumerate(producers)
+    ]
+
+
 def over_columns(scale: Float[Tensor, " channels"], columns: int, head: int) -> Float[Tensor, " in"]:
     """The producer's scale on a consumer's columns. Where a value head serves several query heads (GQA), its `head` channels repeat."""
     if len(scale) == columns:
@@ -149,3 +187,19 @@ def _loss(consumer: Consumer, scale: Float[Tensor, " in"]) -> float:
         *_, error = ranges.search(grouped, importance, scheme, consumer.dtype, CLIPS_IN_SEARCH, refits=1)
         total += float(error.sum(dtype=torch.float64))
     return total
+
+
+def _losses(
+    weight: Float[Tensor, "stack rows in"], importance: Float[Tensor, "stack #rows in"], scale: Float[Tensor, "stack in"], like: Consumer
+) -> Float[Tensor, " stack"]:
+    """`_loss` of every matrix of a stack."""
+    stack, rows, columns = weight.shape
+    width, scheme = like.scheme.width(columns), replace(like.scheme, signed=False)
+    losses, step = [], max(1, CHUNK // (rows * columns))
+    for start in range(0, stack, step):
+        spread = scale[start : start + step, None]
+        grouped = (weight[start : start + step] * spread).unflatten(-1, (-1, width))
+        share = (importance[start : start + step] / spread.square()).unflatten(-1, (-1, width))
+        *_, error = ranges.search(grouped, share, scheme, like.dtype, CLIPS_IN_SEARCH, refits=1)
+        losses.append(error.flatten(1).sum(1, dtype=torch.float64))
+    return torch.cat(losses)
