@@ -3,10 +3,11 @@
     python benchmarks/scale.py [--shape 26b-a4b|dense-512] [--blocks 2] [--samples N] [--threads 2] [--recipe awq-w4] [--folder DIR]
     python benchmarks/scale.py --paper [--config docs/gemma-4-26b-a4b.json] [--tokens 65536]
 
-The first generates a checkpoint (benchmarks/wide.py), runs `quantkit quantize` on it in a process of its own with the embedded calibration
-set (--samples: a part of it), and prints seconds by phase, operations a second beside this machine's measured rate of products of the same
-shapes, the peak from the operating system's account, experts' loads, the ratio to the floor and what --whole blocks would take. The floor is
-the calibration set through every block twice, once for statistics and once quantized: the time of the quantized pass in the same run, doubled.
+The first generates a checkpoint (benchmarks/wide.py), runs `quantkit quantize` on it in a process of its own with the embedded
+calibration set (--samples: a part of it), and prints seconds by phase, operations a second beside this machine's measured rate of products
+of the same shapes, the peak from the operating system's account, experts' loads, the ratio to the floor and what --whole blocks would take.
+The floor is the calibration set through every block twice, once for statistics and once quantized: the time of the quantized pass in the
+same run, doubled.
 
 The second computes, from a config and stated rates, what other machines would need. Nothing is measured there.
 """
@@ -109,8 +110,8 @@ def measured(arguments: argparse.Namespace, folder: Path) -> list[str]:
     lines = [
         f"{arguments.shape}, {arguments.blocks} blocks, largest {largest:,} bytes; vocabulary {shape.vocabulary:,}; {arguments.recipe}, "
         f"{run['calibration']['tokens']:,} calibration tokens in {run['calibration']['rows']} rows, {arguments.threads} threads",
-        f"held-out KL {run['heldout']['kl']:.5f} on {run['heldout']['tokens']:,} tokens; mean error {run['summary']['mean_error']:.3e}, plain "
-        f"rounding {run['summary']['mean_error_rounded']:.3e}",
+        f"held-out KL {run['heldout']['kl']:.5f} on {run['heldout']['tokens']:,} tokens; mean error {run['summary']['mean_error']:.3e}, "
+        f"plain rounding {run['summary']['mean_error_rounded']:.3e}",
         f"wall {wall:.0f} s, processor {usage.ru_utime + usage.ru_stime:.0f} s, peak {usage.ru_maxrss / 2**20:.2f} GiB, "
         f"written {sum(run['bytes'].values()):,} bytes",
     ]
@@ -146,8 +147,8 @@ def told(run: dict[str, Any], blocks: list[Block], rates: dict[str, float], wall
         if fed := sorted(block["experts"]):
             even = sum(fed) / len(fed)
             lines.append(
-                f"block {block['block']}: {len(fed)} experts, tokens of an even share ({even:.0f}): least {fed[0] / even:.2f}, a tenth below "
-                f"{fed[len(fed) // 10] / even:.2f}, half below {fed[len(fed) // 2] / even:.2f}, most {fed[-1] / even:.2f}"
+                f"block {block['block']}: {len(fed)} experts, tokens of an even share ({even:.0f}): least {fed[0] / even:.2f}, "
+                f"a tenth below {fed[len(fed) // 10] / even:.2f}, half below {fed[len(fed) // 2] / even:.2f}, most {fed[-1] / even:.2f}"
             )
     own = [sum(of.values()) for of in by_block]
     total = sum(run["seconds"].values())
@@ -202,8 +203,8 @@ def paper(blocks: list[Block], about: dict[str, Any], tokens: int) -> list[str]:
         f"{sum(b.active for b in blocks) / 1e9:.2f} G active parameters in quantized linears; {tokens:,} tokens",
         f"two passes: {2 * forward / 1e15:.2f} PFLOP bf16 (the floor); what stages run: {observe / 1e15:.2f} PFLOP bf16; sums "
         f"{grams / 1e15:.2f} PFLOP fp32; compensation and targets {solve / 1e15:.2f} PFLOP fp32; factors {factor / 1e15:.3f} PFLOP fp64",
-        f"held: one stream of activations {stream / 1e9:.2f} GB (two are), kept inputs of o_proj and down_proj {kept / 1e9:.2f} GB, sums of the "
-        f"largest stage {sums / 1e9:.2f} GB, a block and its twin {2 * largest / 1e9:.2f} GB",
+        f"held: one stream of activations {stream / 1e9:.2f} GB (two are), kept inputs of o_proj and down_proj {kept / 1e9:.2f} GB, "
+        f"sums of the largest stage {sums / 1e9:.2f} GB, a block and its twin {2 * largest / 1e9:.2f} GB",
         "",
         f"{'':28}" + "".join(f"{m.name:>28}" for m in MACHINES),
     ]

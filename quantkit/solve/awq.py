@@ -190,7 +190,7 @@ def _loss(consumer: Consumer, scale: Float[Tensor, " in"]) -> float:
 
 
 def _losses(
-    weight: Float[Tensor, "stack rows in"], importance: Float[Tensor, "stack #rows in"], scale: Float[Tensor, "stack in"], like: Consumer
+    weight: Float[Tensor, "stack rows in"], importance: Float[Tensor, "stack _ in"], scale: Float[Tensor, "stack in"], like: Consumer
 ) -> Float[Tensor, " stack"]:
     """`_loss` of every matrix of a stack."""
     stack, rows, columns = weight.shape
