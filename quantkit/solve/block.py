@@ -19,7 +19,7 @@ from quantkit.solve import ranges
 from quantkit.solve.folds import Folding, choose_folds, plainly_rounded
 from quantkit.solve.pooling import Pooled, kind
 from quantkit.solve.rounding import Rounded, compensated, compensated_superblocks, descend, factor
-from quantkit.solve.targets import Target, loss
+from quantkit.solve.targets import Target, lacking, loss
 from quantkit.types import BlockPlan, Blocks, Codes, Effort, InputStats, Linear, Scheme, Solved, SolvedBlock
 
 JUDGED_ROWS = 512  # rows of a matrix on which its output error is measured
@@ -138,7 +138,7 @@ def _rounded(
     target, factored, gram = None, None, torch.empty(0)
     if first.shares:
         fed = inputs[first.local]
-        target = Target(fed, effort.retarget, effort.retarget_damping)
+        target = Target(fed, effort.retarget, effort.retarget_damping, sum(task.shape[0] for task in group))
         gram = _under(fed, folding.columns.get(first.local))[None]
         factored = factor(gram, effort.damping)
         del fed
@@ -149,7 +149,8 @@ def _rounded(
             wanted = torch.cat([folding.apply(t.local, target.of(weights[t.local].float())) for t in part])[None]
         else:
             each = [inputs[task.local] for task in part]
-            targets = [Target(fed, effort.retarget, effort.retarget_damping) for fed in each]
+            height = first.shape[0]
+            targets = [Target(fed, effort.retarget, effort.retarget_damping, height) for fed in each]
             gram = torch.stack([_under(fed, folding.columns.get(task.local)) for task, fed in zip(part, each, strict=True)])
             wanted = torch.stack([folding.apply(t.local, to.of(weights[t.local].float())) for t, to in zip(part, targets, strict=True)])
             factored = factor(gram, effort.damping)
@@ -250,15 +251,18 @@ def _judged(
     wanted = original if target is None else target.of(original, judged)
     plainly = plainly_rounded(original, scheme, dtype)
     held = fed.held if fed.held is not None and fed.held.tokens else None
+    plain_seen, plain_held, lacks = loss(wanted, plainly, fed), None, None
+    if held is not None:
+        own = None if held.residual is None else held.residual[judged]
+        lacks = lacking(original, held.drift if target is not None else None, own)
+        plain_held = loss(original, plainly, held, lacks)
 
-    def worth(rounded: Float[Tensor, "rows in"]) -> float:
-        """What it costs beyond plain rounding: in doubt the worse of what was seen and what was held back."""
-        seen = loss(wanted, rounded, fed, None, None) - loss(wanted, plainly, fed, None, None)
-        if held is None:
-            return seen
-        other = None if held.residual is None else held.residual[judged]
-        drift = held.drift if target is not None else None
-        return max(seen, loss(original, rounded, held, drift, other) - loss(original, plainly, held, drift, other))
+    def worth(rounded: Float[Tensor, "rows in"]) -> tuple[float, float]:
+        """What it costs beyond plain rounding, in doubt the worse of what was seen and what was held back; and its loss on what was seen."""
+        seen = loss(wanted, rounded, fed)
+        if held is None or plain_held is None:
+            return seen - plain_seen, seen
+        return max(seen - plain_seen, loss(original, rounded, held, lacks) - plain_held), seen
 
     def of(rounded: Codes | Blocks) -> Float[Tensor, "rows in"]:
         if isinstance(rounded, Blocks):
@@ -269,18 +273,20 @@ def _judged(
         return folding.undo(local, decoded(some), judged)
 
     best, fell_back = of(codes), False
-    if (cost := worth(best)) > 0 and effort.shrinks > 1:
+    cost, seen = worth(best)
+    if cost > 0 and effort.shrinks > 1:
         task = _Task(local, scheme, (weight.shape[0], weight.shape[1]), None, False, True)
         for shrinks in (effort.shrinks, 1):
             other_codes = _nearest(task, weight, folding, inputs, shrinks)
-            other = of(other_codes)
-            if (value := worth(other)) < cost:
-                codes, best, cost, fell_back = other_codes, other, value, True
-    power = max(loss(original, torch.zeros_like(original), fed, None, None), 1e-30)
+            simpler = of(other_codes)
+            value, other_seen = worth(simpler)
+            if value < cost:
+                codes, cost, seen, fell_back = other_codes, value, other_seen, True
+    power = max(loss(original, torch.zeros_like(original), fed), 1e-30)
     return Solved(
         codes,
-        loss(wanted, plainly, fed, None, None) / power,
-        loss(wanted, best, fed, None, None) / power,
+        plain_seen / power,
+        seen / power,
         inputs.tokens(local) if local in inputs else 0,
         fell_back,
     )
