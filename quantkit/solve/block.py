@@ -258,7 +258,7 @@ def _judged(
         plain_held = loss(original, plainly, held, lacks)
 
     def worth(rounded: Float[Tensor, "rows in"]) -> tuple[float, float]:
-        """What it costs beyond plain rounding, in doubt the worse of what was seen and what was held back; and its loss on what was seen."""
+        """What it costs beyond plain rounding, in doubt the worse of what was seen and held back; and its loss on what was seen."""
         seen = loss(wanted, rounded, fed)
         if held is None or plain_held is None:
             return seen - plain_seen, seen

@@ -55,7 +55,7 @@ class Target:
 def lacking(
     weight: Float[Tensor, "rows in"], drift: Float[Tensor, "in in"] | None, residual: Float[Tensor, "rows in"] | None
 ) -> Float[Tensor, "rows in"] | None:
-    """weight drift + residual: what a weight's output lacks of weight (x + d) + e, summed with the inputs. None where nothing has drifted."""
+    """weight drift + residual: what a weight's output lacks of weight (x + d) + e, summed with the inputs; None where nothing drifted."""
     if drift is None:
         return residual
     return weight @ drift if residual is None else weight @ drift + residual
