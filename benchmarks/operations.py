@@ -1,7 +1,7 @@
 """What a run of the default recipe computes, holds and reads, counted from a config alone: a plan gives every linear's shape.
 
 Counted are products of matrices (a multiplication and an addition are two operations) and factorizations; the search of ranges, which
-multiplies nothing with anything, is left out and shows in the measured time only.
+multiplies nothing with anything, is counted in bytes that its passes over the weights read and write.
 """
 
 from collections import Counter
@@ -12,6 +12,10 @@ from quantkit.calibrate.observe import STRIPS, WIDE
 from quantkit.plan import make_plan
 from quantkit.recipe import load_recipe
 from quantkit.types import BlockPlan, Entry, Json, Linear
+
+
+CANDIDATES = 1 + 2 * 10 + 2  # plain, ten clips of either sign, two refits
+PASSES = 8  # over the weights for a candidate: each reads and writes four bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,6 +30,7 @@ class Block:
     grams: float  # a token into the sums: x x^T, the drift, what the residual lacks
     solve: float  # compensation and retargeting, fp32, whatever the tokens
     factor: float  # Choleskys and their solutions, fp64
+    search: float  # bytes that the range search of all weights moves, where nothing of it stays in a cache
     gram_bytes: int  # of the largest stage's sums, held-back rows' sums included
     kept_width: int  # columns of what stages keep of a token beside its hidden states (both streams)
 
@@ -73,11 +78,13 @@ def _block(plan: BlockPlan, kind: str, entries: Mapping[str, Entry], share: floa
             grams += tokens * 2 * (width * width * (1 + strips) + lacking * width)
             held[number] += 2 * 4 * count * (2 * width * width + lacking * width)  # twice: some rows are held back
             solve += 3.0 * rows * width * width * count
-            factor += count * (2 / 3 * width**3 + 2.0 * width**3 + 2.0 * lacking * width * width)
+            solved_for = rows if rows < width else width + lacking  # right-hand sides: the rows themselves, or a shift for all of them
+            factor += count * (2 / 3 * width**3 + 2.0 * solved_for * width * width)
+    search = sum(linear.shape[0] * linear.shape[1] for linear in linears) * CANDIDATES * PASSES * 8.0
     kept = 2 * o.shape[1] + sum(linear.shape[1] for linear in mlp if linear.local.endswith("down_proj"))
     active = round(sum(linear.shape[0] * linear.shape[1] * weight(linear) for linear in linears))
     size = sum(entry.bytes for name, entry in entries.items() if name.startswith(plan.prefix))
-    return Block(kind, size, active, forward, forward + stages, grams, solve, factor, max(held.values()), kept)
+    return Block(kind, size, active, forward, forward + stages, grams, solve, factor, search, max(held.values()), kept)
 
 
 def _inputs(linears: Sequence[Linear]) -> list[list[Linear]]:

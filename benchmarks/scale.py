@@ -48,16 +48,18 @@ class Machine:
     double: float  # factorizations
     disk: float
     link: float  # host to device, or between devices where there are several
+    bandwidth: float  # of its own memory, or of the caches that passes over weights stay in
     memory: float  # bytes beside the system's own
     devices: int = 1
 
 
-# half and single: half of the published dense peaks (H100 SXM: 989 and 495 TFLOP/s); double: of 67 on tensor cores a tenth, as
-# factorizations of a few thousand columns go; link: PCIe 5 x16, NVLink between eight; disk: an NVMe drive
+# H100 SXM: half of the published dense peaks (989 bf16, 495 tf32), a tenth of 67 TFLOP/s in fp64, as factorizations of a few thousand columns
+# go, .7 of 3.35 TB/s; link: PCIe 5 x16, or NVLink between eight; disk: an NVMe drive. Laptop: half of eight times a core as docs/scale.md
+# measured one (200, 98, 48 GFLOP/s): eight share heat and memory.
 MACHINES = (
-    Machine("one H100 (80 GB)", 490e12, 245e12, 6.7e12, 3e9, 50e9, 75e9),
-    Machine("eight H100", 490e12, 245e12, 6.7e12, 3e9, 300e9, 75e9, 8),
-    Machine("a laptop (8 cores, 16 GB)", 8e11, 4e11, 1.5e11, 2e9, UNIFIED, 12e9),
+    Machine("one H100 (80 GB)", 490e12, 245e12, 6.7e12, 3e9, 50e9, 2.3e12, 75e9),
+    Machine("eight H100", 490e12, 245e12, 6.7e12, 3e9, 300e9, 2.3e12, 75e9, 8),
+    Machine("a laptop (8 cores, 16 GB)", 8e11, 4e11, 1.9e11, 2e9, UNIFIED, 2e11, 12e9),
 )
 
 
@@ -196,7 +198,7 @@ def paper(blocks: list[Block], about: dict[str, Any], tokens: int) -> list[str]:
     size, largest = sum(b.bytes for b in blocks), max(b.bytes for b in blocks)
     forward = tokens * sum(b.forward for b in blocks)
     observe, grams = tokens * sum(b.observe_forward for b in blocks), tokens * sum(b.grams for b in blocks)
-    solve, factor = sum(b.solve for b in blocks), sum(b.factor for b in blocks)
+    solve, factor, search = (sum(getattr(b, of) for b in blocks) for of in ("solve", "factor", "search"))
     stream, sums, kept = tokens * hidden * 2, max(b.gram_bytes for b in blocks), tokens * 2 * max(b.kept_width for b in blocks)
     lines = [
         f"computed, not measured: {len(blocks)} blocks of {largest / 1e9:.2f} GB at most, {size / 1e9:.1f} GB in all, "
@@ -214,6 +216,7 @@ def paper(blocks: list[Block], about: dict[str, Any], tokens: int) -> list[str]:
         ("sums, fp32", lambda m: grams / m.single / m.devices),
         ("solving, fp32", lambda m: solve / m.single / m.devices),
         ("factors, fp64", lambda m: factor / m.double / m.devices),
+        ("range search, bytes", lambda m: search / m.bandwidth / m.devices),
         ("reading blocks", lambda m: size / m.disk),
         ("copying blocks", lambda m: size / m.link),
         ("reducing sums", lambda m: len(blocks) * 2 * sums * (m.devices - 1) / m.devices / m.link),
