@@ -13,7 +13,6 @@ from quantkit.plan import make_plan
 from quantkit.recipe import load_recipe
 from quantkit.types import BlockPlan, Entry, Json, Linear
 
-
 CANDIDATES = 1 + 2 * 10 + 2  # plain, ten clips of either sign, two refits
 PASSES = 8  # over the weights for a candidate: each reads and writes four bytes
 

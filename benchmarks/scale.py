@@ -53,7 +53,7 @@ class Machine:
     devices: int = 1
 
 
-# H100 SXM: half of the published dense peaks (989 bf16, 495 tf32), a tenth of 67 TFLOP/s in fp64, as factorizations of a few thousand columns
+# H100 SXM: half of the published dense peaks (989 bf16, 495 tf32), a tenth of 67 TFLOP/s in fp64, as factorizations of these widths
 # go, .7 of 3.35 TB/s; link: PCIe 5 x16, or NVLink between eight; disk: an NVMe drive. Laptop: half of eight times a core as docs/scale.md
 # measured one (200, 98, 48 GFLOP/s): eight share heat and memory.
 MACHINES = (
