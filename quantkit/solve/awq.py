@@ -115,7 +115,7 @@ def choose_alike(
     first = consumers[0]
     weight, importance = torch.stack([c.weight for c in consumers]), torch.stack([c.importance for c in consumers])
     candidates = [list(_candidates(fed, _magnitude([consumer]), exponents)) for fed, consumer in zip(mean_abs, consumers, strict=True)]
-    best = torch.ones(len(consumers), weight.shape[-1])
+    best = torch.ones(len(consumers), weight.shape[-1], device=weight.device)
     unfolded = least = _losses(weight, importance, best, first)
     chosen: list[tuple[float, float] | None] = [None] * len(consumers)
     for step in range(exponents):
