@@ -130,14 +130,22 @@ def hollow_text_model(config: Json, dtype: torch.dtype, **options: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
-def fill_buffers(model: Any) -> None:
-    """inv_freq, embed_scale ... are in no checkpoint: the model's own initialisation makes them, all else flagged as loaded."""
+def fill_buffers(model: Any, device: torch.device | None = None) -> None:
+    """inv_freq, embed_scale ... are in no checkpoint: the model's own initialisation makes them, all else flagged as loaded.
+
+    They are made on the CPU wherever they are wanted: two devices' powers may differ in a last bit.
+    """
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
     for name, buffer in list(model.named_non_persistent_buffers()):
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
     model.initialize_weights()
+    if device is not None and device.type != "cpu":
+        for module in model.modules():
+            for leaf, tensor in module._buffers.items():
+                if tensor is not None and not tensor.is_meta:
+                    module._buffers[leaf] = tensor.to(device)
 
 
 class Skeleton:
@@ -145,14 +153,15 @@ class Skeleton:
 
     Args:
         memory: the budget of the activations of every stream through it; None is no limit.
+        device: where it computes; None is the CPU.
 
     Raises:
         CheckpointError: a block's tensor has no source in the checkpoint or another shape than the model's.
         FamilyError: experts that cannot be streamed.
     """
 
-    def __init__(self, checkpoint: TensorSource, dtype: torch.dtype, memory: Memory | None = None):
-        self.checkpoint, self.memory = checkpoint, memory or Memory()
+    def __init__(self, checkpoint: TensorSource, dtype: torch.dtype, memory: Memory | None = None, device: torch.device | None = None):
+        self.checkpoint, self.memory, self.device = checkpoint, memory or Memory(), device or torch.device("cpu")
         self.model = hollow_model(checkpoint.config, checkpoint.folder, dtype)
         decoder = self.model.get_decoder()
         self.blocks: list[nn.Module] = list(decoder.layers)
@@ -161,7 +170,7 @@ class Skeleton:
         for block in self.blocks:
             experts.check_experts(block)
         self._sources = self._find_sources()
-        fill_buffers(self.model)
+        fill_buffers(self.model, self.device)
         head = self.model.get_output_embeddings()
         text = tuple(name + "." for name, m in self.model.named_modules() if m is decoder or (head is not None and m is head))
         outside = [t for t in self._sources if t.startswith(text) and not t.startswith(self._prefix)]
@@ -247,7 +256,7 @@ class Skeleton:
         if tensor.shape != old.shape:
             shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(old.shape)} by config.json"
             raise CheckpointError(f"{self.checkpoint.folder}: {name} is {shapes}")
-        value = tensor.to(old.dtype)
+        value = tensor if tensor.is_meta else tensor.to(self.device, old.dtype)
         setattr(owner, leaf, value if leaf in owner._buffers else nn.Parameter(value, requires_grad=False))
 
 
@@ -277,7 +286,8 @@ class Stream:
     """Batches on their way through a skeleton's blocks."""
 
     def __init__(self, skeleton: Skeleton, batches: Sequence[Batch]):
-        self.skeleton, self.batches = skeleton, list(batches)
+        self.skeleton, self.device = skeleton, skeleton.device
+        self.batches = [batch.to(skeleton.device) for batch in batches]
         self._cache: dict[tuple[int, int], Any] = {}
 
     @torch.no_grad()

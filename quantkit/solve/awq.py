@@ -45,7 +45,7 @@ def every_nth(weight: Float[Tensor, "out in"], rows: int) -> Float[Tensor, "rows
     """At most `rows` rows, evenly spread, in fp32: enough to rank candidates, whatever the matrix's height."""
     if len(weight) <= rows:
         return weight.float()
-    return weight[torch.linspace(0, len(weight) - 1, rows).round().long()].float()
+    return weight[torch.linspace(0, len(weight) - 1, rows).round().long().to(weight.device)].float()
 
 
 def norm_fold(
@@ -90,7 +90,7 @@ def choose_scale(
         spread = over_columns(scale, columns, head)
         return sum(_loss(consumer, spread) for consumer in consumers)
 
-    best, exponent = torch.ones(channels), None
+    best, exponent = torch.ones(channels, device=mean_abs.device), None
     unfolded = least = loss(best)
     for alpha, wished in _candidates(mean_abs, magnitude, exponents):
         scale = realize(wished)
@@ -165,7 +165,7 @@ def _candidates(mean_abs: Tensor, magnitude: Tensor, exponents: int) -> Iterator
 
 def _magnitude(consumers: Sequence[Consumer]) -> Float[Tensor, " in"]:
     """Mean over rows of |w| relative to the largest of its group: AWQ's measure of a column."""
-    total, rows = torch.zeros(consumers[0].weight.shape[1]), 0
+    total, rows = torch.zeros(consumers[0].weight.shape[1], device=consumers[0].weight.device), 0
     for consumer in consumers:
         rows_of, columns = consumer.weight.shape
         grouped = consumer.weight.abs().view(rows_of, -1, consumer.scheme.width(columns))

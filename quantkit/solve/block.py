@@ -6,6 +6,7 @@ stages' rounding. `solve_block` does it in one, from statistics of the whole blo
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from jaxtyping import Float
@@ -63,24 +64,28 @@ def solve_linears(
     inputs: Pooled,
     effort: Effort,
     used_up: dict[str, InputStats] | None = None,
+    turns: Iterator[bool] | None = None,
 ) -> dict[str, Solved]:
     """Some linears of a block, under folds that are already chosen.
 
     Args:
         used_up: statistics to drop as soon as their linear is solved.
+        turns: for each part that is rounded in one go, whether it is to be done here (and not by another rank); None: all are.
 
     Returns:
         by local name; no linear is worse than plain rounding on the rows that its statistics hold back, unless a fold that others
         gain by makes it so.
     """
     solved: dict[str, Solved] = {}
+    turns = repeat(True) if turns is None else turns
     for group in _groups(linears, weights, folding, inputs, effort):
-        for local, codes, target in _rounded(group, weights, folding, inputs, effort):
+        parts = [part for part in _parts(group) if next(turns)]
+        for local, codes, target in _rounded(parts, weights, folding, inputs, effort):
             solved[local] = _judged(local, codes, target, weights[local], folding, inputs, effort)
         for task in group:
             if used_up is not None:
                 used_up.pop(task.local, None)
-    return {linear.local: solved[linear.local] for linear in linears}
+    return {linear.local: solved[linear.local] for linear in linears if linear.local in solved}
 
 
 def nearly(linear: Linear, scheme: Scheme, weight: Tensor, folding: Folding, inputs: Pooled, shrinks: int) -> Float[Tensor, "out in"]:
@@ -127,10 +132,12 @@ def _groups(
 
 
 def _rounded(
-    group: Sequence[_Task], weights: Mapping[str, Tensor], folding: Folding, inputs: Pooled, effort: Effort
+    parts: Sequence[Sequence[_Task]], weights: Mapping[str, Tensor], folding: Folding, inputs: Pooled, effort: Effort
 ) -> Iterator[tuple[str, Codes | Blocks, Target | None]]:
-    """Codes of every linear of a group, and the target that they were rounded to."""
-    first = group[0]
+    """Codes of every linear in some parts of a group, and the target that they were rounded to."""
+    if not parts:
+        return
+    first = parts[0][0]
     if not first.compensates:
         yield first.local, first.grid or _nearest(first, weights[first.local], folding, inputs, effort.shrinks), None
         return
@@ -142,7 +149,7 @@ def _rounded(
         gram = _under(fed, folding.columns.get(first.local))[None]
         factored = factor(gram, effort.damping)
         del fed
-    for part in _parts(group):
+    for part in parts:
         if first.shares:
             assert target is not None
             targets = [target] * len(part)
@@ -207,7 +214,7 @@ def _nearest(task: _Task, weight: Tensor, folding: Folding, inputs: Pooled, shri
     """Every weight to the nearest code, ranges searched by the diagonal."""
     scheme, (out, columns) = task.scheme, task.shape
     width = scheme.width(columns)
-    square = inputs[task.local].square if task.local in inputs else torch.ones(columns)
+    square = inputs[task.local].square if task.local in inputs else torch.ones(columns, device=weight.device)
     shrinks = shrinks if task.local in inputs else 1
     if task.local in folding.columns:
         square = square / folding.columns[task.local].square()
@@ -245,9 +252,10 @@ def _judged(
     """
     scheme, dtype = codes.scheme, weight.dtype
     count = JUDGED_EXPERT_ROWS if kind(local) else JUDGED_ROWS
-    judged = torch.linspace(0, len(weight) - 1, min(len(weight), count)).round().long()
+    judged = torch.linspace(0, len(weight) - 1, min(len(weight), count)).round().long().to(weight.device)
     original = weight[judged].float()
-    fed = inputs[local] if local in inputs else InputStats(0, torch.ones(weight.shape[1]), torch.ones(weight.shape[1]), None)
+    even = torch.ones(weight.shape[1], device=weight.device)
+    fed = inputs[local] if local in inputs else InputStats(0, even, even, None)
     wanted = original if target is None else target.of(original, judged)
     plainly = plainly_rounded(original, scheme, dtype)
     held = fed.held if fed.held is not None and fed.held.tokens else None

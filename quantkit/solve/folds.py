@@ -140,7 +140,7 @@ class _Chooser:
             scale = torch.exp2(scale.log2().round()) if exact else scale
             return awq.norm_fold(kept[norm], self.norm_offset, scale)[1] if from_norm else scale
 
-        tokens, total = 0, torch.zeros(self.weights[readers[0]].shape[1])
+        tokens, total = 0, torch.zeros_like(self.inputs[readers[0]].abs)
         parts: dict[tuple[Scheme, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
         for local in readers:
             fed, weight = self.inputs[local], self.weights[local]
