@@ -33,7 +33,7 @@ from quantkit.model.adapter import Adapted
 from quantkit.model.blocks import Skeleton, Stream, published_entries
 from quantkit.model.checkpoint import TensorSource, read_json
 from quantkit.model.hub import card_of, find_folder, is_folder, remote_headers
-from quantkit.model.memory import Memory, give_back_memory, left_for_activations
+from quantkit.model.memory import Memory, give_back_memory, left_for_activations, left_on_device
 from quantkit.plan import make_plan
 from quantkit.publish.card import write_card
 from quantkit.publish.manifest import listed, write_manifest
@@ -295,8 +295,9 @@ def _quantized(
         told_by["target"] = f"{chosen.target_size or chosen.target_bits} in {chosen.formats[0]}"
     store = Store(out / SOLVED, plan, told_by) if ranks.first else None
     with clock.phase("building the skeleton"):
-        room = left_for_activations(plan, max_memory, chosen.method != "rtn" and chosen.search.stages)
-        memory = Memory(room, out if ranks.first else None)
+        staged = chosen.method != "rtn" and chosen.search.stages
+        there = left_on_device(plan, ranks.device, staged)
+        memory = Memory(left_for_activations(plan, max_memory, staged), out if ranks.first else None, there)
         skeleton = Skeleton(checkpoint, plan.dtype, memory, ranks.device)
     target: Json | None = None
     if chosen.has_target:

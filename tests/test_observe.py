@@ -76,7 +76,8 @@ def test_experts_are_paired_by_the_originals_routing_and_weighted_by_its_square(
 
 def test_a_twentieth_of_the_rows_is_held_back(root):  # noqa: F811
     generator = torch.Generator().manual_seed(0)
-    work = [Batch(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in torch.randint(20, 300, (45, 12), generator=generator).split(7)]
+    rows = torch.randint(20, 300, (45, 12), generator=generator).split(7)
+    work = [Batch(ids, torch.ones_like(ids, dtype=torch.bool), row=7 * number) for number, ids in enumerate(rows)]
     stream, state = opened("llama", root, work)
     with stream.skeleton.block(0) as block:
         stats = observe(stream, block, state, {"mlp.down_proj"}, held=True)["mlp.down_proj"]

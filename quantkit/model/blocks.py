@@ -15,6 +15,7 @@ masks, per-layer inputs, shared keys and values) come from transformers itself; 
 import copy
 from collections import UserDict
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,14 +155,24 @@ class Skeleton:
     Args:
         memory: the budget of the activations of every stream through it; None is no limit.
         device: where it computes; None is the CPU.
+        ahead: make the next block while one is open; None: on a GPU, where copies run beside the work. Mapped pages need no copy.
 
     Raises:
         CheckpointError: a block's tensor has no source in the checkpoint or another shape than the model's.
         FamilyError: experts that cannot be streamed.
     """
 
-    def __init__(self, checkpoint: TensorSource, dtype: torch.dtype, memory: Memory | None = None, device: torch.device | None = None):
+    def __init__(
+        self,
+        checkpoint: TensorSource,
+        dtype: torch.dtype,
+        memory: Memory | None = None,
+        device: torch.device | None = None,
+        ahead: bool | None = None,
+    ):
         self.checkpoint, self.memory, self.device = checkpoint, memory or Memory(), device or torch.device("cpu")
+        self._reader = ThreadPoolExecutor(1) if (self.device.type == "cuda" if ahead is None else ahead) else None
+        self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
         self.model = hollow_model(checkpoint.config, checkpoint.folder, dtype)
         decoder = self.model.get_decoder()
         self.blocks: list[nn.Module] = list(decoder.layers)
@@ -187,7 +198,10 @@ class Skeleton:
         prefix, self.open = f"{self._prefix}{index}.", index
         empty = {n: torch.empty_like(t, device="meta") for n, t in self.model.state_dict().items() if n.startswith(prefix)}
         try:
-            self._fill([target for target in self._sources if target.startswith(prefix)])
+            for name, tensor in self._taken(index).items():
+                self._put(name, tensor)
+            if self._reader is not None and index + 1 < len(self.blocks):
+                self._next = index + 1, self._reader.submit(self._made, index + 1)
             yield self.blocks[index]
         finally:
             for name, tensor in empty.items():
@@ -227,11 +241,36 @@ class Skeleton:
             )
         return plan
 
+    def _taken(self, index: int) -> dict[str, Tensor]:
+        """A block's tensors: those that were made ahead, or made now."""
+        if self._next is None or self._next[0] != index:
+            return self._made(index)
+        made, self._next = self._next[1].result(), None
+        if self.device.type == "cuda":
+            for tensor in made.values():  # of the reader's stream: not to be given away while this one still uses it
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        return made
+
+    def _made(self, index: int) -> dict[str, Tensor]:
+        prefix = f"{self._prefix}{index}."
+        targets = [target for target in self._sources if target.startswith(prefix)]
+        if self.device.type != "cuda":
+            return dict(self._tensors(targets))
+        with torch.cuda.stream(torch.cuda.Stream(self.device)):
+            made = {name: tensor.to(self.device, non_blocking=True) for name, tensor in self._tensors(targets)}
+            torch.cuda.current_stream(self.device).synchronize()
+        return made
+
     def _fill(self, targets: Sequence[str]) -> None:
+        for name, tensor in self._tensors(targets):
+            self._put(name, tensor)
+
+    def _tensors(self, targets: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The model's tensors, made of the checkpoint's: views of its pages, or fused from several."""
         for target in targets:
             recipe = self._sources[target]
             if recipe.rule is None:
-                self._put(target, self.checkpoint.view(recipe.parts[0][1]))
+                yield target, self.checkpoint.view(recipe.parts[0][1])
                 continue
             names = {p: [n for q, n in recipe.parts if q == p] for p in recipe.rule.source_patterns}
             old: Tensor = self.model.get_parameter(target)
@@ -241,13 +280,13 @@ class Skeleton:
                 if any(len(n) != len(fused) for n in names.values()):
                     raise CheckpointError(f"{self.checkpoint.folder}: {target} needs {len(fused)} experts, the checkpoint has others")
                 experts.fuse(fused, [[lambda n=n: self.checkpoint.view(n) for n in group] for group in names.values()])  # type: ignore[misc]
-                self._put(target, fused)
+                yield target, fused
                 continue
             rule: Any = copy.deepcopy(recipe.rule)  # any other rule: transformers' own operations
             for pattern, name in recipe.parts:
                 rule.add_tensor(target, name, pattern, lambda name=name: self.checkpoint.view(name))
             for name, made in rule.convert(target, model=self.model, config=self.model.config).items():
-                self._put(name, made[0] if isinstance(made, list) else made)
+                yield name, made[0] if isinstance(made, list) else made
 
     def _put(self, name: str, tensor: Tensor) -> None:
         owner_name, _, leaf = name.rpartition(".")
@@ -306,7 +345,7 @@ class Stream:
         # dict arguments (shared keys and values) are written by some blocks and read by later ones: one dict for each batch and state
         shared = state.shared[batch]
         kwargs = {k: shared.setdefault(k, copy.copy(v)) if isinstance(v, (dict, UserDict)) else v for k, v in kwargs.items()}
-        hidden = state.hidden[batch]
+        hidden = state.hidden[batch].to(self.device)  # where the device has no room for all of them they wait in memory
         if dtype is not None:
             hidden, args, kwargs = _cast((hidden, args, kwargs), dtype)
         with torch.set_grad_enabled(grad):
@@ -329,7 +368,7 @@ class Stream:
         """The model's own tail (norm, head, softcap) on some positions of the streamed hidden states; cut, for vocabularies are large."""
         last = len(self.skeleton.blocks) - 1
         dim = state.hidden[batch].ndim - 2  # (rows, tokens, hidden), or (streams, rows, tokens, hidden) with AltUp
-        hidden = state.hidden[batch].narrow(dim, *_bounds(part, state.hidden[batch].shape[dim]))
+        hidden = state.hidden[batch].narrow(dim, *_bounds(part, state.hidden[batch].shape[dim])).to(self.device)
 
         def make(k: int) -> Callable[..., Tensor]:
             return lambda *args, **kwargs: hidden if k == last else _hidden_of(args, kwargs)

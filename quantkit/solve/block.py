@@ -27,6 +27,7 @@ JUDGED_ROWS = 512  # rows of a matrix on which its output error is measured
 JUDGED_EXPERT_ROWS = 64
 CHUNK = 1 << 18  # weights at a time in the range search: temporaries stay in the cache
 STACK = 1 << 24  # weights at a time under compensation: tall enough that products dominate
+STACK_ON_GPU = 1 << 27  # all its cores want rows
 
 
 def solve_block(
@@ -79,7 +80,7 @@ def solve_linears(
     solved: dict[str, Solved] = {}
     turns = repeat(True) if turns is None else turns
     for group in _groups(linears, weights, folding, inputs, effort):
-        parts = [part for part in _parts(group) if next(turns)]
+        parts = [part for part in _parts(group, weights[group[0].local].device) if next(turns)]
         for local, codes, target in _rounded(parts, weights, folding, inputs, effort):
             solved[local] = _judged(local, codes, target, weights[local], folding, inputs, effort)
         for task in group:
@@ -174,13 +175,14 @@ def _rounded(
         yield from zip((task.local for task in part), _split(rounded, part, first.scheme, dtype), targets, strict=True)
 
 
-def _parts(group: Sequence[_Task]) -> Iterator[list[_Task]]:
+def _parts(group: Sequence[_Task], device: torch.device) -> Iterator[list[_Task]]:
     """As many of a group as are solved at a time."""
+    most = STACK_ON_GPU if device.type == "cuda" else STACK
     part: list[_Task] = []
     size = 0
     for task in group:
         weights = task.shape[0] * task.shape[1]
-        if part and size + weights > STACK:
+        if part and size + weights > most:
             yield part
             part, size = [], 0
         part.append(task)
