@@ -214,7 +214,6 @@ class Swap:
         order = [local for local in stats if local in whole]  # experts stand in one order on all ranks: pools add them up in it
         return {local: whole[local] for local in (*order, *sorted(whole.keys() - set(order)))}
 
-
     def _owner(self, local: str) -> int:
         """Who sums a linear; an expert's gate and up are summed with the input of all experts, from which they take their share."""
         together = re.sub(r"(^|\.)experts\.\d+\.", r"\1experts.*.", local)

@@ -81,7 +81,8 @@ def solve_linears(
     turns = repeat(True) if turns is None else turns
     for group in _groups(linears, weights, folding, inputs, effort):
         parts = [part for part in _parts(group, weights[group[0].local].device) if next(turns)]
-        for local, codes, target in _rounded(parts, weights, folding, inputs, effort):
+        height = sum(task.shape[0] for task in group)
+        for local, codes, target in _rounded(parts, height, weights, folding, inputs, effort):
             solved[local] = _judged(local, codes, target, weights[local], folding, inputs, effort)
         for task in group:
             if used_up is not None:
@@ -133,9 +134,9 @@ def _groups(
 
 
 def _rounded(
-    parts: Sequence[Sequence[_Task]], weights: Mapping[str, Tensor], folding: Folding, inputs: Pooled, effort: Effort
+    parts: Sequence[Sequence[_Task]], height: int, weights: Mapping[str, Tensor], folding: Folding, inputs: Pooled, effort: Effort
 ) -> Iterator[tuple[str, Codes | Blocks, Target | None]]:
-    """Codes of every linear in some parts of a group, and the target that they were rounded to."""
+    """Codes of every linear in some parts of a group of `height` rows, and the target that they were rounded to."""
     if not parts:
         return
     first = parts[0][0]
@@ -146,7 +147,7 @@ def _rounded(
     target, factored, gram = None, None, torch.empty(0)
     if first.shares:
         fed = inputs[first.local]
-        target = Target(fed, effort.retarget, effort.retarget_damping, sum(task.shape[0] for task in group))
+        target = Target(fed, effort.retarget, effort.retarget_damping, height)
         gram = _under(fed, folding.columns.get(first.local))[None]
         factored = factor(gram, effort.damping)
         del fed
@@ -157,8 +158,7 @@ def _rounded(
             wanted = torch.cat([folding.apply(t.local, target.of(weights[t.local].float())) for t in part])[None]
         else:
             each = [inputs[task.local] for task in part]
-            height = first.shape[0]
-            targets = [Target(fed, effort.retarget, effort.retarget_damping, height) for fed in each]
+            targets = [Target(fed, effort.retarget, effort.retarget_damping, first.shape[0]) for fed in each]
             gram = torch.stack([_under(fed, folding.columns.get(task.local)) for task, fed in zip(part, each, strict=True)])
             wanted = torch.stack([folding.apply(t.local, to.of(weights[t.local].float())) for t, to in zip(part, targets, strict=True)])
             factored = factor(gram, effort.damping)
