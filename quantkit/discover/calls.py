@@ -69,7 +69,7 @@ def parts_of(local: str) -> tuple[str, str, str]:
 def readable(module: nn.Module) -> bool:
     """Experts whose layout quantkit computes."""
     return is_experts(module) and bool(
-        module.has_gate and not module.has_bias and not module.is_transposed and not module.has_post_expert_norm
+        module.has_gate and not module.has_bias and not module.is_transposed and not getattr(module, "has_post_expert_norm", False)
     )
 
 

@@ -74,9 +74,8 @@ def check_experts(block: nn.Module) -> None:
         fused = any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
         if fused and not is_experts(module):
             raise FamilyError(f"{name} ({type(module).__name__}): fused experts outside transformers' experts interface cannot be streamed")
-        if is_experts(module) and not (
-            module.has_gate and not module.has_bias and not module.is_transposed and not module.has_post_expert_norm
-        ):
+        normed = getattr(module, "has_post_expert_norm", False)  # transformers 5.17 knows no such experts
+        if is_experts(module) and not (module.has_gate and not module.has_bias and not module.is_transposed and not normed):
             raise FamilyError(f"{name} ({type(module).__name__}): experts of this layout (bias, transposed or ungated) are not supported")
 
 
