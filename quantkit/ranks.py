@@ -159,8 +159,8 @@ class Ranks:
 class Swap:
     """Hands every linear's inputs to the rank that sums them, batch after batch in the order of one rank: the same sums to the bit.
 
-    Sums of sums would be less to send where tokens are many, and add in another order than one rank does; solutions that build on
-    one another turn the last bit of a Gram into other integers, a tenth of them on a small model (docs/scale.md).
+    Sums of sums would be less to send where tokens are many, and add in another order than one rank does: solutions that build on one
+    another turn the last bit of a Gram into other integers, more of them with every block (docs/ranks.md).
     """
 
     def __init__(self, ranks: Ranks):

@@ -36,7 +36,7 @@ class _Enough(Exception):
 
 
 def _add_product(total: Float[Tensor, "a b"], left: Float[Tensor, "tokens a"], right: Float[Tensor, "tokens b"]) -> None:
-    """total += left^T right. On a GPU by tf32 products, summed in fp32: bf16 activations lose nothing by it (docs/scale.md)."""
+    """total += left^T right. On a GPU by tf32 products, summed in fp32: bf16 activations lose nothing by it (docs/ranks.md)."""
     if not total.is_cuda:
         total.addmm_(left.T, right)
         return
