@@ -8,6 +8,7 @@ reference     calibration samples through the checkpoint's own blocks      what 
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -80,7 +81,9 @@ class Run:
             CheckpointError: embeddings that are not finite.
         """
         known = set(ranks.told([block.index for block in plan.blocks if store is not None and block.index in store])[0])
-        streams = Stream(skeleton, ranks.share(calibration)), Stream(skeleton, ranks.share(heldout))
+        before = accumulate((len(batch.ids) for batch in calibration), initial=0)
+        numbered = [replace(batch, row=row) for batch, row in zip(calibration, before, strict=False)]
+        streams = Stream(skeleton, ranks.share(numbered)), Stream(skeleton, ranks.share(heldout))
         first, original = streams[0].start(), streams[1].start()
         for state in (first, original):
             state.check("the embeddings")

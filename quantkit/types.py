@@ -136,7 +136,7 @@ class Batch:
     real: Bool[Tensor, "rows tokens"]
     labels: tuple[Mapping[str, str], ...] = ()  # a row's sample id, language and domain
     prompt: Bool[Tensor, "rows tokens"] | None = None  # tokens that are read and not counted, where the recipe ignores prompts
-    row: int = 0  # rows of the set that come before
+    row: int = 0  # rows of the set that come before; a run numbers them
 
     @property
     def counted(self) -> Bool[Tensor, "rows tokens"]:

@@ -20,6 +20,7 @@ from quantkit.grid.integer import from_codes
 from quantkit.model.blocks import Skeleton
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.plan import make_plan
+from quantkit.ranks import Ranks
 from quantkit.recipe import Recipe, load_recipe
 from quantkit.report import Clock, silent
 from quantkit.run import Run
@@ -56,7 +57,7 @@ def main() -> None:
         store = Store(Path(folder) / "solved", plan, {})
         skeleton = Skeleton(checkpoint, plan.dtype)  # as the rivals' clocks start behind their loading
         began, wall = time.process_time(), time.perf_counter()
-        run = Run.start(recipe, plan, skeleton, store, clock, batches, [])
+        run = Run.start(recipe, plan, skeleton, store, Ranks(), clock, batches, [])
         reports = [run.block(block) for block in plan.blocks]
         seconds, wall = time.process_time() - began, time.perf_counter() - wall
         peak = peak_memory()
