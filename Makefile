@@ -4,7 +4,7 @@ VENV := .venv
 ENGINES := .venv-engines
 LLAMA := .venv-llama
 RIVALS := .venv-rivals/ready .venv-autoround/ready
-.PHONY: demo test format engines llama memory scale reference rivals onnx
+.PHONY: demo test format engines llama memory scale reference rivals onnx torture
 
 # PyTorch by itself first: a dependency that asks for any torch would otherwise bring the largest one
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -40,6 +40,11 @@ scale: $(VENV)/ready
 	$(VENV)/bin/python benchmarks/scale.py
 	$(VENV)/bin/python benchmarks/scale.py --shape dense-512 --blocks 4
 	$(VENV)/bin/python benchmarks/scale.py --paper
+
+# Kills, full disks, memory, garbage: prints what was tried and what went wrong (MINUTES=60 tries more)
+MINUTES ?= 20
+torture: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/torture.py --minutes $(MINUTES)
 
 # vLLM in an environment of its own, and a table of family, engine, verdict
 $(ENGINES)/ready: benchmarks/engines/constraints.txt
