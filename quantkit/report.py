@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from quantkit import __version__
+from quantkit.disk import write_whole
 from quantkit.types import BlockPlan, Json, Plan, SolvedBlock, expert_of
 
 LIBRARIES = ("torch", "transformers", "safetensors", "tokenizers", "compressed-tensors", "numpy", "huggingface_hub")
@@ -283,10 +284,8 @@ def bits_per_weight(size: int, plan: Plan) -> float:
 
 
 def write_json(path: Path, value: Json) -> None:
-    """Beside and renamed, so that a reader never meets half a report."""
-    temporary = path.with_name(f".{path.name}.part")
-    temporary.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
+    """Whole or not at all: a reader never meets half a report."""
+    write_whole(path, json.dumps(value, indent=1, ensure_ascii=False) + "\n")
 
 
 def _short(value: float) -> float:

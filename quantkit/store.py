@@ -32,6 +32,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from quantkit.disk import replacing, write_whole
 from quantkit.errors import StoreError
 from quantkit.types import BlockPlan, Blocks, Codes, Entry, FoldReport, Json, Linear, Plan, Solved, SolvedBlock
 
@@ -185,8 +186,6 @@ def write_safetensors(path: Path, pieces: list[Piece], metadata: dict[str, str])
             if tensor.dtype != piece.dtype or tuple(tensor.shape) != piece.shape:
                 raise AssertionError(f"{piece.name}: planned {piece.dtype} {piece.shape}, made {tensor.dtype} {tuple(tensor.shape)}")
             file.write(_raw(tensor))
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _aligned(pieces: Iterable[Piece]) -> list[Piece]:
@@ -225,23 +224,6 @@ def _check_seal(path: Path) -> None:
         raise ValueError("its bytes are not those that were written")
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary name beside `path` that becomes `path` when the body ends well, and is gone when it does not."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.part")
-    try:
-        yield temporary
-        os.replace(temporary, path)
-        folder = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(folder)  # the rename itself
-        finally:
-            os.close(folder)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 class Store:
     """The solved blocks of one plan.
 
@@ -265,8 +247,7 @@ class Store:
                 raise StoreError(f"{folder.parent}: holds another run ({other}); give another --output, or --fresh to start anew there")
         elif folder.parent.exists() and any(path.name not in (folder.name, LOCK) for path in folder.parent.iterdir()):
             raise StoreError(f"{folder.parent}: not empty and not a run of quantkit; give another --output")
-        with replacing(note) as temporary:
-            temporary.write_text(json.dumps({"fingerprint": plan.fingerprint, **describe}, indent=1) + "\n", encoding="utf-8")
+        write_whole(note, json.dumps({"fingerprint": plan.fingerprint, **describe}, indent=1) + "\n")
 
     def _path(self, index: int) -> Path:
         return self.folder / f"block-{index:05d}.safetensors"

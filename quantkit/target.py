@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 from quantkit.calibrate.observe import observe
+from quantkit.disk import write_whole
 from quantkit.errors import RecipeError
 from quantkit.families import gguf_of
 from quantkit.model.blocks import Skeleton, State, Stream
@@ -29,7 +30,6 @@ from quantkit.solve.block import nearly
 from quantkit.solve.budget import allocate
 from quantkit.solve.folds import choose_folds
 from quantkit.solve.pooling import Pooled
-from quantkit.store import replacing
 from quantkit.types import Batch, BlockPlan, Fold, Json, Linear, Plan, Scheme, expert_of
 
 GRID_BITS = {"q4_k": 4.5, "q5_k": 5.5, "q6_k": 6.5625, "iq4_nl": 4.5}  # a weight
@@ -254,10 +254,8 @@ def _losses(
         stream.close()
         state.check(f"block {index}")
         give_back_memory()
-    if notes is None:
-        return losses
-    with replacing(notes) as temporary:
-        temporary.write_text(json.dumps({"fingerprint": plan.fingerprint, "names": names, "losses": losses}) + "\n", encoding="utf-8")
+    if notes is not None:
+        write_whole(notes, json.dumps({"fingerprint": plan.fingerprint, "names": names, "losses": losses}) + "\n")
     return losses
 
 

@@ -4,7 +4,9 @@ import base64
 import hashlib
 import json
 import re
+import sys
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -26,6 +28,7 @@ class Hub:
     sent: list[str] = field(default_factory=list)  # SHA-256 of each object that was put, in order
     break_on: int = -1  # the connection breaks at this put (counted from 0), and at every later one, until it is mended
     refuse: int = 0  # the status of every answer
+    halfway: Callable[[str], None] = lambda path: None  # called when half of an answer is sent
     url: str = ""
 
 
@@ -43,7 +46,10 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, text)
         self.end_headers()
         if self.command != "HEAD":
-            self.wfile.write(content)
+            half = len(content) // 2
+            self.wfile.write(content[:half])
+            self.hub.halfway(self.path)
+            self.wfile.write(content[half:])
 
     def _handle(self) -> None:
         hub, path = self.hub, self.path.partition("?")[0]
@@ -142,13 +148,19 @@ class _Handler(BaseHTTPRequestHandler):
     do_GET = do_HEAD = do_POST = do_PUT = _handle
 
 
+class _Listening(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exc_info()[1], ConnectionError):  # a client that was killed
+            super().handle_error(request, client_address)
+
+
 class Server:
     """with Server() as hub: hub.url is where it listens."""
 
     def __enter__(self) -> Hub:
         self.hub = Hub()
         handler = type("Handler", (_Handler,), {"hub": self.hub})
-        self._server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+        self._server = _Listening(("127.0.0.1", 0), handler)
         self.hub.url = f"http://127.0.0.1:{self._server.server_address[1]}"
         self._thread = threading.Thread(target=self._server.serve_forever, daemon=True)
         self._thread.start()

@@ -19,7 +19,7 @@ FLOORS = (
     {"run", "formats", "inputs"},
     {"plan", "discover", "calibrate", "solve", "write", "evaluate", "publish"},  # stages: strangers to one another
     {"recipe", "families", "model", "grid", "store", "report", "hf", "ranks"},  # shelves: strangers to one another too
-    {"types", "errors", "suites"},  # nouns
+    {"types", "errors", "suites", "disk"},  # nouns, and how a file is written
 )
 SHELVES = FLOORS[-2]
 SEES = {  # of the shelves; cli, pipeline and run see all of them
@@ -59,6 +59,7 @@ NOT_EVEN = {  # of what all others may use
     "recipe": EVERYWHERE,
     "errors": EVERYWHERE,
     "suites": EVERYWHERE,
+    "disk": EVERYWHERE,
     "solve": {"safetensors", "pathlib", "json", "os"},  # tensors in, tensors out
     "grid": {"safetensors", "pathlib", "json", "os"},
 }

@@ -16,7 +16,7 @@ from quantkit.grid.integer import pack
 from quantkit.model.blocks import published_entries
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe
-from quantkit.store import Piece, Store, replacing, safetensors_header, solved_bytes, write_safetensors
+from quantkit.store import Piece, Store, safetensors_header, solved_bytes, write_safetensors
 from quantkit.types import Codes, FoldReport, Plan, Solved, SolvedBlock
 
 CONFIG = {
@@ -310,30 +310,3 @@ def test_a_tensor_that_is_not_as_planned_is_caught(made, tmp_path):
     with pytest.raises(AssertionError, match="a: planned"):
         write_safetensors(tmp_path / "a", [Piece("a", torch.float32, (2,), lambda: made)], {})
     assert files(tmp_path) == []
-
-
-def test_replacing(tmp_path):
-    path = tmp_path / "deep" / "note.json"
-    with replacing(path) as temporary:
-        assert temporary.parent == path.parent
-        assert temporary != path
-        assert temporary.name.startswith("."), "a half file is hidden"
-        temporary.write_text("first")
-        written = temporary.stat().st_ino
-        assert not path.exists()
-    assert path.read_text() == "first"
-    assert path.stat().st_ino == written, "renamed, not copied: nobody ever meets half of it"
-
-    def interrupted() -> None:
-        with replacing(path) as temporary:
-            temporary.write_text("seco")
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        interrupted()
-    assert path.read_text() == "first"
-    with replacing(path) as temporary:
-        temporary.write_text("second")
-        assert path.read_text() == "first"
-    assert path.read_text() == "second"
-    assert files(tmp_path) == ["deep/note.json"]

@@ -11,7 +11,6 @@ docs/statistics.md tells the format for readers other than this one.
 
 import hashlib
 import json
-import os
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -22,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from quantkit.disk import replacing
 from quantkit.errors import CalibrationError
 from quantkit.types import BlockStatistics, InputStats, Json, Statistics
 
@@ -51,9 +51,8 @@ def save_statistics(path: Path, statistics: Statistics) -> None:
         "about": dict(statistics.about),
     }
     header["sha256"] = _digest(tensors, json.loads(json.dumps(header)))  # as it will be read: tuples are lists then
-    temporary = path.with_name(f".{path.name}.part")
-    save_file(tensors, temporary, {FORMAT: json.dumps(header, ensure_ascii=False)})  # one key: several come in any order
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        save_file(tensors, temporary, {FORMAT: json.dumps(header, ensure_ascii=False)})  # one key: several come in any order
 
 
 def _flatten(

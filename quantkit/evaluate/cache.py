@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from quantkit.disk import replacing
 from quantkit.evaluate.distributions import Kept
 from quantkit.report import write_json
 from quantkit.types import Json
@@ -57,9 +58,8 @@ def save_kept(path: Path, rows: Sequence[Kept]) -> None:
     whole = {name: torch.cat([getattr(row, name) for row in rows]).contiguous() for name in Kept.__dataclass_fields__}
     if len(whole["ids"]) and int(whole["ids"].max()) < 1 << 15:
         whole["ids"] = whole["ids"].short()  # half of them
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.part")
-    save_file(whole | {"lengths": torch.tensor([len(row.counts) for row in rows])}, temporary, {"layout": str(LAYOUT)})
-    os.replace(temporary, path)
+    with replacing(path, several=True) as temporary:
+        save_file(whole | {"lengths": torch.tensor([len(row.counts) for row in rows])}, temporary, {"layout": str(LAYOUT)})
 
 
 def load_kept(path: Path) -> list[Kept] | None:

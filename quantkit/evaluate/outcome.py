@@ -4,6 +4,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from xml.etree import ElementTree
 
+from quantkit.disk import write_whole
 from quantkit.evaluate.gate import FAIL, INCONCLUSIVE
 from quantkit.report import write_json
 from quantkit.types import Json
@@ -77,7 +78,7 @@ def write_files(about: Json, store: str | None, output: str | None, junit_xml: s
     if output:
         write_json(Path(output), about)
     if junit_xml:
-        Path(junit_xml).write_text(junit(about), encoding="utf-8")
+        write_whole(Path(junit_xml), junit(about))
 
 
 def junit(about: Json) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 from jinja2.sandbox import SandboxedEnvironment
 
+from quantkit.disk import write_whole
 from quantkit.errors import PublishError
 from quantkit.publish import base_card
 from quantkit.publish.artefact import WEIGHTS
@@ -69,9 +70,7 @@ def write_card(
     options = options or Options()
     notes: list[str] = []
     text = _template(options.template).render(**_context(folder, about, format, files or listed(folder), evaluations, options, notes))
-    temporary = folder / f".{CARD}.part"
-    temporary.write_text(re.sub(r"\n{3,}", "\n\n", text) if options.template is None else text, encoding="utf-8")
-    temporary.replace(folder / CARD)
+    write_whole(folder / CARD, re.sub(r"\n{3,}", "\n\n", text) if options.template is None else text)
     return notes
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import jinja2
 
+from quantkit.disk import replacing, write_whole
 from quantkit.errors import PublishError
 from quantkit.publish.artefact import PAGE, RUN, Artefact, open_artefacts, read_json
 from quantkit.publish.evaluation import divergence_tables
@@ -67,7 +68,8 @@ def write_report(folder: Path | str) -> Path:
             buffer = io.BytesIO()
             figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
             png = buffer.getvalue()
-            (home / FOLDER / f"{name}.png").write_bytes(png)
+            with replacing(home / FOLDER / f"{name}.png") as temporary:
+                temporary.write_bytes(png)
             width, height = struct.unpack(">II", png[16:24])
             shown.append(
                 Shown(name, title, caption, alt, base64.b64encode(png).decode(), width * 96 // DPI, height * 96 // DPI, heads, rows)
@@ -82,9 +84,7 @@ def write_report(folder: Path | str) -> Path:
         plots=shown,
         missing=missing,
     )
-    temporary = home / f".{PAGE}.part"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(home / PAGE)
+    write_whole(home / PAGE, text)
     return home / PAGE
 
 

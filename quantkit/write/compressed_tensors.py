@@ -21,11 +21,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from quantkit.disk import replacing, write_whole
 from quantkit.errors import CheckpointError, WriteError
 from quantkit.families.family import SERVED_AS_ONE
 from quantkit.grid.integer import pack
 from quantkit.model.checkpoint import TensorSource
-from quantkit.store import Piece, Store, replacing, safetensors_header, write_safetensors
+from quantkit.store import Piece, Store, safetensors_header, write_safetensors
 from quantkit.types import BlockPlan, Entry, Json, Linear, Plan, Scheme, expert_of
 
 FORMAT = "compressed-tensors"
@@ -335,5 +336,4 @@ def _a_number(tensor: Tensor, name: str) -> Tensor:
 
 
 def _write_json(path: Path, value: Json) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")

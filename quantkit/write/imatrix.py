@@ -4,7 +4,6 @@ For every weight NAME of the model: NAME.in_sum2, F32 (matrices, in), the sums o
 those tokens; one matrix, or one for each expert of a fused tensor. Source: llama.cpp, tools/imatrix and tools/quantize.
 """
 
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import gguf
 import numpy as np
 import torch
 
+from quantkit.disk import replacing
 from quantkit.errors import CalibrationError
 from quantkit.families.family import Gguf
 from quantkit.types import BlockStatistics, InputStats, Statistics
@@ -46,23 +46,22 @@ def write_imatrix(path: Path, statistics: Statistics, table: Gguf, datasets: Seq
                 square, tokens = square + more.square.numpy(), tokens + more.tokens
             matrices.setdefault(name, {})[expert] = square, tokens
     rows = int(statistics.about.get("calibration", {}).get("tokens", 0))
-    temporary = path.with_name(f".{path.name}.part")
-    writer = gguf.GGUFWriter(temporary, GENERAL_TYPE)
-    writer.add_type(GENERAL_TYPE)
-    writer.add_array("imatrix.datasets", list(datasets))
-    writer.add_uint32("imatrix.chunk_count", max(rows // max(chunk, 1), 1))
-    writer.add_uint32("imatrix.chunk_size", chunk)
-    for name, experts in matrices.items():
-        sums = np.stack([experts[number][0] for number in sorted(experts)]).astype(np.float32)
-        counts = np.array([[experts[number][1]] for number in sorted(experts)], dtype=np.float32)
-        several = len(experts) > 1
-        writer.add_tensor(f"{name}.in_sum2", sums if several else sums[0])
-        writer.add_tensor(f"{name}.counts", counts if several else counts[0])
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        writer = gguf.GGUFWriter(temporary, GENERAL_TYPE)
+        writer.add_type(GENERAL_TYPE)
+        writer.add_array("imatrix.datasets", list(datasets))
+        writer.add_uint32("imatrix.chunk_count", max(rows // max(chunk, 1), 1))
+        writer.add_uint32("imatrix.chunk_size", chunk)
+        for name, experts in matrices.items():
+            sums = np.stack([experts[number][0] for number in sorted(experts)]).astype(np.float32)
+            counts = np.array([[experts[number][1]] for number in sorted(experts)], dtype=np.float32)
+            several = len(experts) > 1
+            writer.add_tensor(f"{name}.in_sum2", sums if several else sums[0])
+            writer.add_tensor(f"{name}.counts", counts if several else counts[0])
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_tensors_to_file()
+        writer.close()
     return len(matrices)
 
 

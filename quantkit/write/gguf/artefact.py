@@ -1,7 +1,6 @@
 """The folder of one GGUF: a file that llama.cpp, Ollama and LM Studio open by itself."""
 
 import builtins
-import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cached_property
@@ -11,9 +10,10 @@ from typing import Any
 import numpy
 import torch
 
+from quantkit.disk import replacing
 from quantkit.errors import WriteError
 from quantkit.model.checkpoint import TensorSource
-from quantkit.store import Store, replacing
+from quantkit.store import Store
 from quantkit.types import Json, Plan
 from quantkit.write.gguf.layout import ALIGNMENT, Layout, Slot
 from quantkit.write.gguf.metadata import add_keys, family_table, keys_of, label_of
@@ -59,6 +59,7 @@ class GgufFile:
         )
         self._keys = keys_of(self._table, config, name, self.label, told)
         self.file = f"{name}-{self.label}.gguf"
+        self._counted = False
         self._library()
 
     @cached_property
@@ -86,8 +87,7 @@ class GgufFile:
             for slot in self.layout.slots:
                 writer.write_tensor_data(_bytes(slot).numpy())
             writer.close()
-            with open(temporary, "rb+") as file:
-                os.fsync(file.fileno())
+        self._counted = True
         return [path]
 
     def _written(self, path: Path) -> bool:
@@ -98,7 +98,11 @@ class GgufFile:
             return file.read(len(self._head)) == self._head
 
     def finish(self) -> None:
-        """Nothing stands beside the file that is not in it."""
+        """Nothing stands beside the file that is not in it. Where an earlier run wrote it, what it rounded is counted again."""
+        for slot in self.layout.slots if not self._counted else ():
+            for _ in slot.read() if slot.solved else ():
+                pass
+        self._counted = True
 
     def _begun(self, path: Path) -> Any:
         """A GGUFWriter whose file has its keys and all tensor infos: types and sizes are known before any data."""

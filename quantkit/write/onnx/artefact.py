@@ -1,7 +1,6 @@
 """The folder of one ONNX model: for onnxruntime model.onnx with its data, for onnxruntime-genai the rest beside them."""
 
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from importlib.util import find_spec
@@ -9,12 +8,13 @@ from pathlib import Path
 
 import torch
 
+from quantkit.disk import replacing, write_whole
 from quantkit.errors import CheckpointError, WriteError
 from quantkit.families.family import TOWERS, matches, outside_block
 from quantkit.model.blocks import text_defaults
 from quantkit.model.checkpoint import TensorSource
 from quantkit.model.decoder import Decoder, text_shapes
-from quantkit.store import Store, replacing
+from quantkit.store import Store
 from quantkit.types import Json, Plan
 from quantkit.write.onnx.genai import genai_config
 from quantkit.write.onnx.layout import Layout
@@ -92,8 +92,6 @@ class OnnxFolder:
                     raise CheckpointError(f"{piece.name}: holds NaN; the checkpoint is damaged")
                 file.write(bytes(offset - file.tell()))
                 file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-            file.flush()
-            os.fsync(file.fileno())
         return [path]
 
     def finish(self) -> None:
@@ -114,6 +112,5 @@ class OnnxFolder:
             if (source / name).is_file():
                 with replacing(self.folder / name) as temporary:
                     shutil.copyfile(source / name, temporary)
-        with replacing(self.folder / "genai_config.json") as temporary:
-            made = genai_config(self.plan.model_type, self.config, source, len(decoder.cache_shapes), GRAPH)
-            temporary.write_text(json.dumps(made, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+        made = genai_config(self.plan.model_type, self.config, source, len(decoder.cache_shapes), GRAPH)
+        write_whole(self.folder / "genai_config.json", json.dumps(made, indent=2, ensure_ascii=False) + "\n")
