@@ -147,6 +147,7 @@ def summary(blocks: Iterable[Json], expert_floor: int) -> Json:
         "mean_error": mean("error"),
         "worse_than_rounded": sum(row["error"] > row["error_rounded"] for row in rows),
         "largest_fold_change": max((block["proof"] for block in blocks if block["proof"] is not None), default=None),
+        "folds_undone": sum(block["proof"] is not None and not block["folds"] for block in blocks),  # the block computed otherwise
         "fell_back": sum(row["fell_back"] for row in rows),
         "experts_shrunk": sum(tokens < expert_floor for tokens in fed),
         "experts_without_tokens": sum(tokens == 0 for tokens in fed),

@@ -415,6 +415,8 @@ def test_folds_that_are_not_proven_are_undone(tmp_path, monkeypatch):
     monkeypatch.setattr("quantkit.run.PROVEN", -1.0)
     source, result = run(tmp_path, "llama")
     assert all(block["folds"] == [] and block["proof"] is not None for block in result.report["blocks"])
+    assert result.report["summary"]["folds_undone"] == 3
+    assert "those of 3 blocks were undone" in (result.artefacts["compressed-tensors"] / "README.md").read_text()
     written, original = read(result.artefacts["compressed-tensors"]), read(source)
     norms = [name for name in original if "layernorm" in name]
     assert norms

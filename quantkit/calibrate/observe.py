@@ -14,6 +14,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from quantkit.calibrate.kept import Kept
+from quantkit.errors import CheckpointError
 from quantkit.model.blocks import State, Stream
 from quantkit.model.experts import is_experts
 from quantkit.types import Batch, InputStats
@@ -184,7 +185,7 @@ def observe(
             if move and other is None:
                 assert out is not None
                 state.hidden[number] = out
-            _add(sums, swap(list(_parts(run, pair, batch, held, residual or {}, grams))), tap.counts)
+            _add(sums, swap(list(_parts(run, pair, batch, held, residual or {}, grams, stream.skeleton.open))), tap.counts)
     for one in (kept, kept_beside):
         if one is not None:
             one.finds = False
@@ -204,14 +205,17 @@ def _add(sums: dict[tuple[str, bool], _Sums], parts: Iterable[Part], experts: Ma
         total.add(x, seen.get("weight"), seen.get("original"), seen.get("lacking"))
 
 
-def _parts(run: _Run, pair: _Run | None, batch: Batch, held: bool, residual: Mapping[str, str], grams: bool) -> Iterator[Part]:
-    """One batch's inputs, linear by linear; `held`: some of its rows are held back."""
+def _parts(
+    run: _Run, pair: _Run | None, batch: Batch, held: bool, residual: Mapping[str, str], grams: bool, index: int
+) -> Iterator[Part]:
+    """One batch's inputs of block `index`, linear by linear; `held`: some of its rows are held back."""
     real = batch.counted.reshape(-1)
     back = torch.zeros_like(batch.real)
     if held:
         back[(torch.arange(len(back), device=back.device) + batch.row) % HELD == HELD - 1] = True
     back = back.reshape(-1)
     for number, seen in enumerate(run.seen):
+        _check(seen, real, batch, index)
         original = pair.seen[number].x if pair is not None else None
         lacking = None
         if pair is not None and (norm := residual.get(seen.local)):
@@ -225,6 +229,26 @@ def _parts(run: _Run, pair: _Run | None, batch: Batch, held: bool, residual: Map
             beside = {"weight": seen.weight, "original": original, "lacking": lacking, "index": index, "squared": squared}
             shown = {"x": seen.x[chosen], **{name: tensor[chosen] for name, tensor in beside.items() if tensor is not None}}
             yield seen.local, hold, grams, shown
+
+
+def _check(seen: _Seen, real: Tensor, batch: Batch, index: int) -> None:
+    """Refuse to add up what is no number, by its linear, token and sample.
+
+    Raises:
+        CheckpointError: NaN or infinity in an input.
+    """
+    if bool(seen.x.isfinite().all()):
+        return
+    wrong = ((real if seen.token is None else real[seen.token]) & ~seen.x.isfinite().all(-1)).nonzero().flatten()
+    if len(wrong):  # not in padding alone
+        at = int(wrong[0] if seen.token is None else seen.token[wrong[0]])
+        row, token = divmod(at, batch.ids.shape[1])
+        labels = batch.labels[row] if batch.labels else {}
+        of = f" of sample {labels['id']} ({labels['language']}, {labels['domain']})" if labels else ""
+        raise CheckpointError(
+            f"block {index}: {seen.local}: NaN or infinity in the activations that it is fed, at token {token}{of}: a damaged weight, or "
+            "fp16 that overflows (convert to bf16)"
+        )
 
 
 @contextmanager

@@ -177,7 +177,7 @@ def _small(value: Tensor, weight: Tensor, top: int) -> tuple[Tensor, Tensor]:
     """One fp16 scale for a superblock's non-negative values, and their codes 0 .. top."""
     highest = value.amax(-1)
     best = torch.full_like(highest, torch.inf)
-    found = torch.zeros_like(highest)
+    found = torch.where(_half(highest / top).isinf(), torch.inf, 0.0)  # beyond fp16: `fit` refuses it where no share brings it back
     for share in (1.0, 0.98, 0.96, 0.94, 1.02):
         d = _half(highest * share / top)
         codes = (value / _not_zero(d)[..., None]).round().clamp(0, top)

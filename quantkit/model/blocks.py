@@ -331,14 +331,29 @@ class Stream:
 
     @torch.no_grad()
     def start(self) -> State:
-        """The hidden states in front of block 0."""
-        hidden = (self._arguments(b, 0)[0] for b in range(len(self.batches)))
+        """The hidden states in front of block 0.
+
+        Raises:
+            CheckpointError: NaN or infinity in one of them.
+        """
+
+        def embedded(number: int) -> Tensor:
+            hidden = self._arguments(number, 0)[0]
+            if not bool(hidden.isfinite().all()):
+                raise CheckpointError(f"the embeddings: NaN or infinity {self._at(hidden, number)}; the checkpoint is damaged")
+            return hidden
+
+        hidden = map(embedded, range(len(self.batches)))
         return State(Activations(hidden, self.skeleton.memory), [{} for _ in self.batches])
 
     def run(self, block: nn.Module, state: State, batch: int, grad: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """The open block's (or its twin's) output for one batch; the hidden states do not move. Running twice is safe.
 
-        `dtype`: of all that the block is given, where it computes in another precision than the model.
+        `dtype`: of all that the block is given, where it computes in another precision than the model; whether that gives numbers is
+        its caller's business.
+
+        Raises:
+            CheckpointError: NaN or infinity comes out; told are the module that made it, the token and its sample.
         """
         with torch.no_grad():
             _, args, kwargs = self._arguments(batch, self.skeleton.open)
@@ -352,7 +367,44 @@ class Stream:
             out = block(hidden, *args, **kwargs)
         if not torch.is_tensor(out) or out.shape != state.hidden[batch].shape:
             raise FamilyError(f"{type(block).__name__} does not return hidden states of the shape it was given: it cannot be streamed")
+        if dtype is None and not bool(out.isfinite().all()):
+            raise CheckpointError(self._blame(block, out, lambda: block(hidden, *args, **kwargs), batch))
         return out
+
+    def _blame(self, block: nn.Module, out: Tensor, again: Callable[[], Tensor], batch: int) -> str:
+        """What first made NaN or infinity in an open block, by running it once more, and for which token."""
+        found: list[tuple[str, nn.Module]] = []
+
+        def hook(name: str) -> Callable[..., None]:
+            def see(module: nn.Module, args: Any, made: Any) -> None:
+                made = made[0] if isinstance(made, tuple) else made
+                if not found and torch.is_tensor(made) and not bool(made.isfinite().all()):
+                    found.append((name, module))
+
+            return see
+
+        handles = [module.register_forward_hook(hook(name)) for name, module in block.named_modules() if name]
+        try:
+            with torch.no_grad():
+                again()
+        finally:
+            for handle in handles:
+                handle.remove()
+        where, at = f"block {self.skeleton.open}", self._at(out, batch)
+        for name, module in found:
+            for leaf, weight in module.named_parameters():
+                if not bool(weight.isfinite().all()):
+                    return f"{where}: {name}.{leaf} holds NaN or infinity (met {at}); the checkpoint is damaged"
+            where += f": {name}"
+        return f"{where}: NaN or infinity in the activations {at}: a damaged weight, or fp16 that overflows (convert to bf16)"
+
+    def _at(self, hidden: Tensor, batch: int) -> str:
+        """The first token and sample of a batch whose hidden state is no number."""
+        wrong = (~hidden.isfinite()).any(-1)
+        row, token = wrong.reshape(-1, *wrong.shape[-2:]).any(0).nonzero()[0].tolist()  # before it there may be AltUp's streams
+        labels = self.batches[batch].labels
+        of = f" of sample {labels[row]['id']} ({labels[row]['language']}, {labels[row]['domain']})" if labels else ""
+        return f"at token {token}{of}"
 
     def advance(self, block: nn.Module, state: State) -> None:
         """Every batch through the open block."""

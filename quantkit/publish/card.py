@@ -259,7 +259,10 @@ def _method(recipe: Json, quantized: bool, summary: Json) -> str:
         made = f"Schemes were picked for {target}, each by what it changes in its block's output, in place of one for all. {made}"
     worse, linears = summary["worse_than_rounded"], summary["linears"]
     told = f"{worse} of {linears:,} linears ended" if worse else "no linear ended"
-    return f"{made} Folds that the block itself did not prove were undone; {told} with a larger output error than plain rounding."
+    undone = summary.get("folds_undone", 0)
+    proven = "folds are proven on the block itself"
+    proven += f", and those of {undone} block{'s' if undone > 1 else ''} were undone, which computed otherwise" if undone else ""
+    return f"{made} {proven.capitalize()}; {told} with a larger output error than plain rounding."
 
 
 def _errors(about: Json) -> Json:

@@ -12,6 +12,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quantkit.errors import WriteError
 from quantkit.grid import superblock
 from quantkit.grid.decoded import decoded
 from quantkit.grid.found import on_grid
@@ -76,14 +77,21 @@ def solve_linears(
     Returns:
         by local name; no linear is worse than plain rounding on the rows that its statistics hold back, unless a fold that others
         gain by makes it so.
+
+    Raises:
+        WriteError: weights beyond what their scheme can hold.
     """
     solved: dict[str, Solved] = {}
     turns = repeat(True) if turns is None else turns
     for group in _groups(linears, weights, folding, inputs, effort):
         parts = [part for part in _parts(group, weights[group[0].local].device) if next(turns)]
         height = sum(task.shape[0] for task in group)
-        for local, codes, target in _rounded(parts, height, weights, folding, inputs, effort):
-            solved[local] = _judged(local, codes, target, weights[local], folding, inputs, effort)
+        try:
+            for local, codes, target in _rounded(parts, height, weights, folding, inputs, effort):
+                solved[local] = _judged(local, codes, target, weights[local], folding, inputs, effort)
+        except ValueError as problem:  # what no grid of this kind holds, sums that are no numbers
+            names = " or ".join(linear.name for linear in linears if linear.local in {task.local for task in group})
+            raise WriteError(f"{names}: {problem}; keep it with an override, or give it another scheme") from None
         for task in group:
             if used_up is not None:
                 used_up.pop(task.local, None)

@@ -195,7 +195,9 @@ def descend(
             small = factor(inside, 1e-6)
             # the others' errors ask for a shift of this group: argmin over S of tr((S + others)) is -inside^-1 cross
             cross = gram[:, own] @ error - inside @ error[:, own]
-            shifted = wanted[:, own] + torch.linalg.solve(inside.double(), cross.double()).float()
+            shift, singular = torch.linalg.solve_ex(inside.double(), cross.double())
+            # a group that was never fed has no inverse, and nothing to make good
+            shifted = wanted[:, own] + torch.where(singular[:, None, None] == 0, shift, 0.0).float()
             fresh, fresh_codes = torch.zeros_like(shifted), torch.empty(stack, width, rows, dtype=torch.int8, device=weight.device)
             new_scale, new_zero, _ = ranges.search(shifted.mT.unsqueeze(2), small.diagonal[:, None, None], scheme, dtype, shrinks)
             new_scale = new_scale.squeeze(-1)
