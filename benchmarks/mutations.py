@@ -137,6 +137,11 @@ class Door:
     command: Callable[[Path, Path], list[str] | Callable[[], None]]  # (damaged copy, work folder) -> arguments of quantkit, or a call
     weight: int = 1
     must_fail: bool = False  # exit code 0 is a silently wrong result
+    meant: Callable[[Path, Path], None] | None = None  # looks at what was made of damage that was taken; raises Silent
+
+
+class Silent(Exception):
+    """What was made is not what the input means."""
 
 
 @dataclass
@@ -206,6 +211,8 @@ def _child(door: Door, work: Path, seed: int, tell: int) -> None:
         else:
             result = CliRunner().invoke(main, command)
             verdict = _judged(result, door, damaged != good)
+        if verdict[0] == "done" and door.meant is not None:
+            verdict = _called(lambda: door.meant(copy, work))
         if seen:
             verdict = ("outside", seen[0])
             seen.clear()
@@ -219,6 +226,8 @@ def _called(call: Callable[[], None]) -> tuple[str, str]:
 
     try:
         call()
+    except Silent as wrong:
+        return "silent", str(wrong)
     except (QuantkitError, OSError) as refusal:
         return "refused", str(refusal)
     except BaseException as problem:

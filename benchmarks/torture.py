@@ -19,7 +19,7 @@ from typing import Any
 
 HERE = Path(__file__).parent
 sys.path[:0] = [str(HERE), str(HERE.parent / "tests")]
-os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", SOURCE_DATE_EPOCH="1700000000")
+os.environ.update(OMP_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", TQDM_DISABLE="1", HF_HUB_OFFLINE="1", SOURCE_DATE_EPOCH="1700000000")
 
 import doors  # noqa: E402
 import mutations  # noqa: E402

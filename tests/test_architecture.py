@@ -37,6 +37,7 @@ ONLY = {  # every other library has its rooms
     "pydantic": {"recipe", "suites"},
     "click": {"cli"},
     "rich": {"cli"},
+    "tqdm": {"cli"},  # to keep it quiet
     "transformers": {"model", "calibrate", "evaluate", "hf", "cli"},  # cli: to keep it quiet
     "huggingface_hub": {"model", "publish"},  # down here, up there
     "jinja2": {"publish"},

@@ -163,6 +163,10 @@ LIES = {
     "shape of letters": (raw_file({"a": spec(0, 8, ("x",))}, bytes(8)), "not a safetensors header"),
     "infinite shape": (raw_file(b'{"a":{"dtype":"F32","shape":[1e999],"data_offsets":[0,8]}}', bytes(8)), "not a safetensors header"),
     "infinite offset": (raw_file(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":[0,Infinity]}}', bytes(8)), "not a safetensors header"),
+    "shape of half": (raw_file(b'{"a":{"dtype":"F32","shape":[2.5],"data_offsets":[0,8]}}', bytes(8)), "not a safetensors header"),
+    "offset of letters": (raw_file(b'{"a":{"dtype":"F32","shape":[2],"data_offsets":["0",8]}}', bytes(8)), "not a safetensors header"),
+    "true for 1": (raw_file(b'{"a":{"dtype":"F32","shape":[true],"data_offsets":[0,4]}}', bytes(4)), "not a safetensors header"),
+    "length 100 MB + 1": (raw_file({"a": spec(0, 8)}, bytes(8), length=(100 << 20) + 1), "not a whole safetensors file"),
     "5000 digits": (
         raw_file(b'{"a":{"dtype":"F32","shape":[' + b"9" * 5000 + b'],"data_offsets":[0,8]}}', bytes(8)),
         "not a safetensors header",

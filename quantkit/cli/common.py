@@ -5,6 +5,7 @@ import os
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -131,10 +132,17 @@ def duration(seconds: float) -> str:
 
 
 def quiet() -> None:
-    """Libraries' warnings would stand beside our one line."""
+    """Libraries' warnings and bars would stand beside our one line."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    os.environ.setdefault("TQDM_DISABLE", "1")  # libraries' bars
+    warnings.simplefilter("ignore")
+    import tqdm
     import transformers
+
+    def hidden(bar: Any, *args: Any, **options: Any) -> None:
+        shown(bar, *args, **{**options, "disable": True})
+
+    if (shown := tqdm.tqdm.__init__).__name__ != hidden.__name__:
+        tqdm.tqdm.__init__ = hidden  # TQDM_DISABLE does not reach libraries that say disable=False
 
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()

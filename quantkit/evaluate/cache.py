@@ -9,13 +9,14 @@ found. The folder is $QUANTKIT_CACHE, else `quantkit` in the user's cache folder
 import hashlib
 import json
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
 from quantkit.disk import replacing
 from quantkit.evaluate.distributions import Kept
@@ -58,8 +59,18 @@ def save_kept(path: Path, rows: Sequence[Kept]) -> None:
     whole = {name: torch.cat([getattr(row, name) for row in rows]).contiguous() for name in Kept.__dataclass_fields__}
     if len(whole["ids"]) and int(whole["ids"].max()) < 1 << 15:
         whole["ids"] = whole["ids"].short()  # half of them
+    whole["lengths"] = torch.tensor([len(row.counts) for row in rows])
     with replacing(path, several=True) as temporary:
-        save_file(whole | {"lengths": torch.tensor([len(row.counts) for row in rows])}, temporary, {"layout": str(LAYOUT)})
+        save_file(whole, temporary, {"layout": str(LAYOUT), "sha256": _digest(whole)})
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """Of every byte: a cache that was damaged is asked for anew, not believed."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data if tensor.numel() else b"")
+    return digest.hexdigest()
 
 
 def load_kept(path: Path) -> list[Kept] | None:
@@ -69,6 +80,8 @@ def load_kept(path: Path) -> list[Kept] | None:
             if (file.metadata() or {}).get("layout") != str(LAYOUT):
                 return None
             whole = {name: file.get_tensor(name) for name in (*Kept.__dataclass_fields__, "lengths")}
+            if (file.metadata() or {}).get("sha256") != _digest(whole):
+                return None
     except (OSError, SafetensorError):
         return None
     whole["ids"] = whole["ids"].int()
@@ -80,12 +93,19 @@ def load_kept(path: Path) -> list[Kept] | None:
 
 def save_results(path: Path, results: Json) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, {"layout": LAYOUT, **results})
+    write_json(path, {"layout": LAYOUT, "sha256": _sealed(results), "results": results})
 
 
 def load_results(path: Path) -> Json | None:
     found = load_json(path)
-    return found if found is not None and found.get("layout") == LAYOUT else None
+    if found is None or found.get("layout") != LAYOUT or not isinstance(results := found.get("results"), dict):
+        return None
+    return results if found.get("sha256") == _sealed(results) else None
+
+
+def _sealed(results: Json) -> str:
+    """Their digest as they will be read: tuples are lists then, and every key is text."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(results)), sort_keys=True).encode()).hexdigest()
 
 
 def load_json(path: Path) -> Json | None:

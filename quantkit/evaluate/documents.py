@@ -75,7 +75,7 @@ def read_documents(paths: Sequence[Path], tokenizer: Any) -> list[Document]:
     documents: list[Document] = []
     for path in paths:
         if path.suffix == ".txt":
-            documents.append(Document(path.stem, path.read_text(encoding="utf-8"), {}))
+            documents.append(Document(path.stem, _text(path), {}))
             continue
         for place, row in json_lines(path):
             labels: dict[str, str] = {key: str(row[key]) for key in ("language", "domain") if key in row}
@@ -114,7 +114,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, Json]]:
     Raises:
         EvaluationError: a line that is no JSON object.
     """
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(_text(path).split("\n"), 1):
         if not line.strip():
             continue
         place = f"{path.name}:{number}"
@@ -124,7 +124,16 @@ def json_lines(path: Path) -> Iterator[tuple[str, Json]]:
             raise EvaluationError(f"{place}: no JSON") from None
         if not isinstance(row, dict):
             raise EvaluationError(f"{place}: an object is expected")
+        if not all(isinstance(turn, dict) for turn in row.get("messages") or ()) or not isinstance(row.get("tools") or [], list):
+            raise EvaluationError(f"{place}: messages and tools are lists of objects")
         yield place, row
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as problem:
+        raise EvaluationError(f"{path}: not a text in UTF-8 ({problem.reason} at byte {problem.start})") from None
 
 
 def render(messages: Sequence[Json], tools: Any, tokenizer: Any, answer: bool) -> tuple[str, str]:

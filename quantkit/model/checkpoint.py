@@ -157,6 +157,13 @@ def file_digest(path: Path) -> str:
     return f"sha256-sampled:{digest.hexdigest()}"
 
 
+def _count(value: Any) -> int:
+    """An integer as it stands; 2.5, "2" and true are none."""
+    if type(value) is not int:
+        raise TypeError(f"{value!r} is no count")
+    return value
+
+
 def _header(path: Path) -> dict[str, _Place]:
     size = path.stat().st_size
     with open(path, "rb") as file:
@@ -168,8 +175,8 @@ def _header(path: Path) -> dict[str, _Place]:
     try:
         header = json.loads(raw)
         tensors = {name: t for name, t in header.items() if name != "__metadata__"}
-        spans = {name: (int(t["data_offsets"][0]), int(t["data_offsets"][1])) for name, t in tensors.items()}
-        shapes = {name: tuple(int(n) for n in t["shape"]) for name, t in tensors.items()}
+        spans = {name: (_count(t["data_offsets"][0]), _count(t["data_offsets"][1])) for name, t in tensors.items()}
+        shapes = {name: tuple(map(_count, t["shape"])) for name, t in tensors.items()}
         kinds = {name: str(t["dtype"]) for name, t in tensors.items()}
     except (ValueError, TypeError, KeyError, IndexError, AttributeError, OverflowError, RecursionError):
         raise CheckpointError(f"{path}: its header is not a safetensors header; download it again") from None

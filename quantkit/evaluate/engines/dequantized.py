@@ -125,6 +125,10 @@ def open_artefact(artefact: Path, like: Path, threads: int | None = None) -> Deq
     if "quantization_config" in json.loads((like / "config.json").read_text(encoding="utf-8")):
         raise EvaluationError(f"{like}: is quantized itself; `dequantized` needs the original's folder as baseline")
     model = load_model(like, dtype=torch.float32)
-    fill(model, file := Gguf(artefact))
+    try:
+        fill(model, file := Gguf(artefact))
+    except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError) as problem:
+        line = f"{type(problem).__name__}: {' '.join(str(problem).split())[:120]}"
+        raise EvaluationError(f"{artefact}: its keys and tensors contradict one another ({line})") from None
     about = {"precision": "float32, the file's weights alone", "architecture": file.architecture, **versions("gguf")}
     return Dequantized(model, end_tokens(like), about)

@@ -71,9 +71,9 @@ def end_tokens(folder: Path) -> frozenset[int]:
     for name in ("generation_config.json", "config.json"):
         try:
             value = json.loads((folder / name).read_text(encoding="utf-8")).get("eos_token_id")
-        except (OSError, ValueError):
+        except (OSError, ValueError, AttributeError):
             continue
-        found |= set(value if isinstance(value, list) else [value]) - {None}
+        found |= {one for one in (value if isinstance(value, list) else [value]) if isinstance(one, int)}
     return frozenset(found)
 
 

@@ -63,7 +63,11 @@ class OnnxRuntime(Engine):
         positions = np.broadcast_to(np.arange(before, before + ids.shape[1], dtype=np.int64), ids.shape)
         given = {"input_ids": ids, "attention_mask": mask, "position_ids": positions}
         feed = {name: value.astype(TYPES[self.inputs[name].type]) for name, value in given.items() if name in self.inputs}
-        found = dict(zip(self.outputs, self.session.run(None, {**feed, **past}), strict=True))
+        try:
+            made = self.session.run(None, {**feed, **past})
+        except Exception as problem:
+            raise EvaluationError(f"onnxruntime cannot run the graph ({' '.join(str(problem).split())[:160]})") from None
+        found = dict(zip(self.outputs, made, strict=True))
         return found["logits"], {name: found[name.replace("past_key_values", "present")] for name in self.past}
 
     def _empty(self, rows: int) -> dict[str, np.ndarray]:
@@ -86,6 +90,8 @@ def open_artefact(artefact: Path, like: Path, threads: int | None = None) -> Onn
     options.log_severity_level = 3
     try:
         session = onnxruntime.InferenceSession(str(artefact / "model.onnx"), options, providers=["CPUExecutionProvider"])
+        return OnnxRuntime(session, end_tokens(artefact) or end_tokens(like), {"precision": "as the graph says", "threads": count})
+    except EvaluationError:
+        raise
     except Exception as problem:  # its exceptions have no common base that is documented
         raise EvaluationError(f"{artefact}: onnxruntime cannot open model.onnx ({' '.join(str(problem).split())[:160]})") from None
-    return OnnxRuntime(session, end_tokens(artefact) or end_tokens(like), {"precision": "as the graph says", "threads": count})

@@ -44,7 +44,7 @@ class Slot:
 
     @property
     def bytes(self) -> int:
-        return self.weights // self.shape[-1] * ggml.row_bytes(self.kind, self.shape[-1])
+        return self.weights // max(self.shape[-1], 1) * ggml.row_bytes(self.kind, self.shape[-1])
 
 
 @dataclass(slots=True)

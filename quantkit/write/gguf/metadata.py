@@ -12,6 +12,7 @@ FILE_TYPES = {  # llama.cpp's llama_ftype: what most of a file's weights are
     "F32": 0, "F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q5_0": 8, "Q5_1": 9, "Q4_K_S": 14, "Q4_K_M": 15, "Q5_K_S": 16,
     "Q5_K_M": 17, "Q6_K": 18, "IQ4_NL": 25, "BF16": 32,
 }  # fmt: skip
+LARGEST_FLOAT = 3.4028234663852886e38  # of 32 bits
 QUANTIZATION_VERSION = 2  # of ggml's block layouts
 
 
@@ -47,8 +48,16 @@ def keys_of(table: Gguf, config: Json, name: str, label: str, tokenizer: Json | 
 
 
 def add_keys(writer: Any, keys: dict[str, Any]) -> None:
-    """Put keys into a GGUFWriter; arrays are typed by their first element."""
+    """Put keys into a GGUFWriter; arrays are typed by their first element.
+
+    Raises:
+        WriteError: a number of the config that 32 bits do not hold.
+    """
     for key, value in keys.items():
+        numbers, whole = (value, range(-(1 << 31), 1 << 31)) if isinstance(value, (list, tuple)) else ([value], range(1 << 32))
+        for number in numbers:
+            if (isinstance(number, int) and number not in whole) or (isinstance(number, float) and not abs(number) <= LARGEST_FLOAT):
+                raise WriteError(f"{key}: {str(number)[:40]} is more than GGUF holds there; is the model's config.json damaged?")
         if isinstance(value, bool):
             writer.add_bool(key, value)
         elif isinstance(value, int):
