@@ -35,6 +35,9 @@ def keys_of(table: Gguf, config: Json, name: str, label: str, tokenizer: Json | 
         config: the text model's, every default filled in.
         label: the type of most weights: Q4_0.
         tokenizer: see `tokenizer_keys`; None where only the rest is known.
+
+    Raises:
+        WriteError: a config that no key can be made of.
     """
     general = {
         "general.type": "model",
@@ -43,7 +46,11 @@ def keys_of(table: Gguf, config: Json, name: str, label: str, tokenizer: Json | 
         "general.file_type": FILE_TYPES[label],
         "general.quantization_version": QUANTIZATION_VERSION,
     }
-    own = {f"{table.architecture}.{key}": value for key, value in table.metadata(config).items()}
+    try:
+        own = {f"{table.architecture}.{key}": value for key, value in table.metadata(config).items()}
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as problem:
+        line = f"{type(problem).__name__}: {' '.join(str(problem).split())[:80]}"
+        raise WriteError(f"the model's config.json gives no keys for GGUF ({line}); is it damaged?") from None
     return {**general, **own, **{f"tokenizer.{key}": value for key, value in (tokenizer or {}).items()}}
 
 
