@@ -11,6 +11,7 @@ import io
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -410,3 +411,27 @@ def creep(folder: Path, blocks: int = 48, early: int = 8, late: int = 40) -> dic
     ratio = seen[late] / seen[early] if last == "ended" else float("nan")
     wrong = [] if ratio <= CREEP else [f"{last}: {ratio:.3f} times as much"]
     return {f"block {early}": seen.get(early), f"block {late}": seen.get(late), "ratio": round(ratio, 4), "wrong": wrong}
+
+
+def limits(folder: Path) -> dict[str, Any]:
+    """`--max-memory`: what is too little is refused with the figure that is needed; under that figure the run stays below it, as read
+    from outside all the while, and leaves the same bytes."""
+    job, wrong = Job(folder, THREE, num_hidden_layers=4), list[str]()
+    _, whole = job.finish(folder / "whole"), artefacts(folder / "whole")
+    job.options["max_memory"] = 1
+    refused, _ = job.finish(folder / "out")
+    told = re.search(r"at least ([\d,]+) are needed", refused)
+    if told is None:
+        return {"wrong": [f"1 byte of memory was not refused with a figure: {refused}"]}
+    job.options["max_memory"] = limit = int(told[1].replace(",", "")) + (1 << 20)  # pages that a fork counts or does not
+    child, moments = job.start(folder / "out")
+    most = 0
+    for moment in moments:
+        if moment.kind != "end":
+            most = max(most, _resident(child))
+    os.waitpid(child, 0)
+    if moment.name != "ended" or differing(artefacts(folder / "out"), whole):
+        wrong.append(f"under {limit:,} bytes: {moment.name}: {differing(artefacts(folder / 'out'), whole)[:3]}")
+    if most > limit:
+        wrong.append(f"{most:,} bytes under a limit of {limit:,}")
+    return {"limit": limit, "most": most, "bytes compared": sum(map(len, whole.values())), "wrong": wrong}

@@ -1,11 +1,12 @@
 """Kill it, starve it, watch it grow, feed it garbage; prints what was tried and what went wrong. Exit code 1 where anything did.
 
-    python benchmarks/torture.py [--minutes 10] [--kills 40] [--faults 20] [--seed 0] [--only kill starve creep fuzz] [--folder DIR]
+    python benchmarks/torture.py [--minutes 10] [--kills 40] [--faults 20] [--seed 0] [--only kill starve creep limits fuzz] [--folder DIR]
 
 kill    SIGKILL in every phase, the download and the card included; the command again, until it ends: all bytes of all formats are those
         of an undisturbed run, and no block is solved again but the one that was being solved
 starve  the disk is full after a random number of bytes (a shim below Python's files, since mounting a small disk needs rights)
 creep   resident memory, read from outside, at block 40 of 48 beside block 8
+limits  --max-memory, read from outside
 fuzz    mutations of every kind of input (benchmarks/mutations.py), in what is left of the minutes
 """
 
@@ -48,6 +49,8 @@ def torture(
             told = runs.starve(folder / part, faults, seed, began + (ends - began) * 0.4)
         elif part == "creep":
             told = runs.creep(folder / part, blocks, blocks // 6, blocks * 5 // 6)
+        elif part == "limits":
+            told = runs.limits(folder / part)
         else:
             ways = doors.doors(folder / part)
             doors.warm(ways, folder / part)
@@ -81,7 +84,7 @@ def main() -> None:
     sys.exit(1 if wrong else 0)
 
 
-PARTS = ["kill", "starve", "creep", "fuzz"]
+PARTS = ["kill", "starve", "creep", "limits", "fuzz"]
 
 if __name__ == "__main__":
     main()

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import re
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,10 @@ from click.testing import CliRunner
 from quantkit import pipeline
 from quantkit.calibrate.observe import observe
 from quantkit.cli import main
+from quantkit.errors import CheckpointError
 from quantkit.model.blocks import Skeleton, Stream
 from quantkit.model.checkpoint import Checkpoint
-from quantkit.model.memory import Activations, Memory
+from quantkit.model.memory import Activations, Memory, resident
 from quantkit.types import Batch
 
 KIB = 1024
@@ -114,7 +116,8 @@ def test_a_model_streams_the_same_with_and_without_room(name, tmp_path):
         assert all(torch.equal(a, b) for a, b in zip(found, seen[0], strict=True))
 
 
-def test_a_small_budget_leaves_the_same_bytes(tmp_path):
+def test_a_small_budget_leaves_the_same_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr("quantkit.pipeline.left_for_activations", lambda plan, limit, staged: limit)
     model = tiny.build("gemma4_moe", tmp_path / "model", num_hidden_layers=3)
     (tmp_path / "r.yaml").write_text("description: x\ncalibration: {tokens: 2000, sequence_length: 64, expert_tokens: 200}\n")
     about = {}
@@ -127,7 +130,23 @@ def test_a_small_budget_leaves_the_same_bytes(tmp_path):
     assert (tmp_path / "free.safetensors").read_bytes() == (tmp_path / "tight.safetensors").read_bytes()
 
 
-def test_the_command_takes_sizes_as_people_write_them(tmp_path):
+def test_a_budget_that_cannot_be_kept_is_refused_with_the_figure_that_can(tmp_path):
+    model = tiny.build("llama", tmp_path / "model", num_hidden_layers=1)
+    (tmp_path / "r.yaml").write_text("description: x\ncalibration: {samples: 4, sequence_length: 64}\nscore: {samples: 0}\n")
+    recipe = str(tmp_path / "r.yaml")
+    with pytest.raises(CheckpointError, match="a memory of 1,000 bytes is too small: at least ") as refusal:
+        pipeline.quantize(str(model), recipe=recipe, output=tmp_path / "out", max_memory=1000)
+    needed = int(re.search(r"at least ([\d,]+) are", str(refusal.value))[1].replace(",", ""))
+    assert needed > resident()
+    assert not list((tmp_path / "out").rglob("*.safetensors"))
+    result = pipeline.quantize(str(model), recipe=recipe, output=tmp_path / "out", max_memory=needed + (64 << 20))  # this process may grow
+    assert result.report["spilled"] == 0
+
+
+def test_the_command_takes_sizes_as_people_write_them(tmp_path, monkeypatch):
+    monkeypatch.setattr("quantkit.model.memory.resident", lambda: 0)
+    monkeypatch.setattr("quantkit.model.memory.LOADED_LATER", 0)
+    monkeypatch.setattr("quantkit.model.memory.BESIDE_ACTIVATIONS", {False: 0, True: 0})
     model = tiny.build("llama", tmp_path / "model", num_hidden_layers=1)
     (tmp_path / "r.yaml").write_text("description: x\ncalibration: {samples: 4, sequence_length: 64}\n")
     options = ["calibrate", str(model), "--recipe", str(tmp_path / "r.yaml"), "--output", str(tmp_path / "s.safetensors")]

@@ -3,6 +3,8 @@
 import ctypes
 import mmap
 import os
+import resource
+import sys
 import tempfile
 import weakref
 from collections.abc import Iterable, MutableSequence
@@ -13,6 +15,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
+from quantkit.errors import CheckpointError
 from quantkit.types import Plan
 
 # Largest blocks that a budget keeps for weights, statistics and the solver's work (docs/measured.md): in one stage, and in several,
@@ -20,11 +23,31 @@ from quantkit.types import Plan
 BESIDE_ACTIVATIONS = {False: 2.2, True: 4.0}
 
 
+LOADED_LATER = 192 << 20  # what libraries of the writers take, ONNX's the most, and buffers that no block's size explains
+
+
 def left_for_activations(plan: Plan, max_memory: int | None, staged: bool) -> int | None:
-    """Bytes that a budget leaves beside the largest block; None where there is no budget."""
+    """Bytes that a budget leaves beside the program and the largest block; None where there is no budget.
+
+    Raises:
+        CheckpointError: it leaves none; told is the least that would do.
+    """
     if max_memory is None:
         return None
-    return max(0, max_memory - round(BESIDE_ACTIVATIONS[staged] * _largest(plan)))
+    program, block = resident() + LOADED_LATER, round(BESIDE_ACTIVATIONS[staged] * _largest(plan))
+    if max_memory < program + block:
+        raise CheckpointError(
+            f"a memory of {max_memory:,} bytes is too small: at least {program + block:,} are needed, {program:,} of them for the program "
+            f"and its libraries, {block:,} for the largest block and the work on it; give --max-memory that much, or leave it out"
+        )
+    return max_memory - program - block
+
+
+def resident() -> int:
+    """Bytes that this process holds in memory now (where the system does not say: the most that it ever held)."""
+    with suppress(OSError, ValueError, IndexError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def left_on_device(plan: Plan, device: torch.device, staged: bool) -> int | None:
@@ -32,7 +55,7 @@ def left_on_device(plan: Plan, device: torch.device, staged: bool) -> int | None
     if device.type != "cuda":
         return None
     free, _ = torch.cuda.mem_get_info(device)
-    return left_for_activations(plan, free - _largest(plan), staged)
+    return max(0, free - _largest(plan) - round(BESIDE_ACTIVATIONS[staged] * _largest(plan)))
 
 
 def _largest(plan: Plan) -> int:
