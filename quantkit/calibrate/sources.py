@@ -10,6 +10,7 @@ from quantkit.errors import CalibrationError
 from quantkit.recipe import MixSource
 
 PIECE = 4000  # characters of a long text that make a sample: about a thousand tokens
+BLOWN_UP, SMALL = 100, 1 << 28  # rows or bytes for each byte of a Parquet file that no text packs into; a row group that hurts nobody
 EXTRA = "pip install 'quantkit[datasets]'"
 
 
@@ -77,11 +78,19 @@ def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
         raise CalibrationError(f"{path}: reading Parquet needs pyarrow; {EXTRA}, or give a .jsonl file") from None
     try:
         number = 0
-        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=256):
+        table, size = pyarrow.parquet.ParquetFile(path), path.stat().st_size
+        groups = [table.metadata.row_group(number) for number in range(table.metadata.num_row_groups)]
+        largest = max((group.total_byte_size for group in groups), default=0)
+        if table.metadata.num_rows > BLOWN_UP * size or largest > max(BLOWN_UP * size, SMALL):
+            raise CalibrationError(
+                f"{path}: {size:,} bytes that say they hold {table.metadata.num_rows:,} rows, {largest:,} bytes in one row group: "
+                "not opened"
+            )
+        for batch in table.iter_batches(batch_size=256):
             for row in batch.to_pylist():
                 number += 1
                 yield row, f"{path}:{number}"
-    except pyarrow.ArrowException as problem:
+    except (pyarrow.ArrowException, OSError) as problem:
         raise CalibrationError(f"{path}: not a Parquet file that can be read ({_line(problem)})") from None
 
 

@@ -63,6 +63,7 @@ class Checkpoint:
 
     def __init__(self, folder: Path | str):
         self.folder = Path(folder)
+        _check_links(self.folder)
         self.config = read_json(self.folder / "config.json")
         self._places: dict[str, _Place] = {}
         for path, expected in self._shards().items():
@@ -155,6 +156,20 @@ def file_digest(path: Path) -> str:
             file.seek((size - (1 << 16)) * sample // 255)
             digest.update(file.read(1 << 16))
     return f"sha256-sampled:{digest.hexdigest()}"
+
+
+def _check_links(folder: Path) -> None:
+    """Texts beside the weights go into artefacts and cards, so no link may bring in a file from elsewhere; the Hub's cache links to its
+    own `blobs`. Weights may lie where they like.
+
+    Raises:
+        CheckpointError: there is such a link.
+    """
+    home = folder.resolve()
+    homes = (home, home.parent.parent / "blobs")
+    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        if path.is_symlink() and path.suffix != ".safetensors" and not any(path.resolve().is_relative_to(one) for one in homes):
+            raise CheckpointError(f"{path}: a link that leads out of the folder, to {path.resolve()}; put the file itself there")
 
 
 def _count(value: Any) -> int:
