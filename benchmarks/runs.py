@@ -214,7 +214,7 @@ class Whole:
             self.groups.setdefault(moment.group, []).append(number)
 
 
-def kill(folder: Path, kills: int, seed: int, ends: float) -> dict[str, Any]:
+def kill(folder: Path, kills: int, seed: int, ends: float, onnx: bool = True) -> dict[str, Any]:
     """SIGKILL in every phase in turn, from outside at a random moment of it or exactly before a file is touched.
 
     After each kill the same command runs to its end, and now and then is killed once more on its way. ONNX is asked for where a kill
@@ -225,7 +225,7 @@ def kill(folder: Path, kills: int, seed: int, ends: float) -> dict[str, Any]:
     job = Job(folder, TWO, num_hidden_layers=2)
     with _on_the_hub(job) as hub:
         two = Whole(job, folder / "two")
-        three = Whole(job.asking(THREE), folder / "three")
+        three = Whole(job.asking(THREE), folder / "three") if onnx else two
         gets = [path for method, path in hub.asked if method == "GET" and "/resolve/" in path]
         names = ["download", *three.groups]
         while finished < kills and time.monotonic() < ends:
@@ -413,10 +413,10 @@ def creep(folder: Path, blocks: int = 48, early: int = 8, late: int = 40) -> dic
     return {f"block {early}": seen.get(early), f"block {late}": seen.get(late), "ratio": round(ratio, 4), "wrong": wrong}
 
 
-def limits(folder: Path) -> dict[str, Any]:
+def limits(folder: Path, recipe: str = THREE) -> dict[str, Any]:
     """`--max-memory`: what is too little is refused with the figure that is needed; under that figure the run stays below it, as read
     from outside all the while, and leaves the same bytes."""
-    job, wrong = Job(folder, THREE, num_hidden_layers=4), list[str]()
+    job, wrong = Job(folder, recipe, num_hidden_layers=4), list[str]()
     _, whole = job.finish(folder / "whole"), artefacts(folder / "whole")
     job.options["max_memory"] = 1
     refused, _ = job.finish(folder / "out")
