@@ -229,7 +229,7 @@ def kill(folder: Path, kills: int, seed: int, ends: float, onnx: bool = True) ->
         gets = [path for method, path in hub.asked if method == "GET" and "/resolve/" in path]
         names = ["download", *three.groups]
         while finished < kills and time.monotonic() < ends:
-            group, begun = names[finished % len(names)], set[int]()
+            group, begun = names[(finished + seed) % len(names)], set[int]()
             whole = three if (group not in two.groups and group != "download") or chance.random() < 0.1 else two
             while True:
                 if group == "download":
