@@ -205,17 +205,15 @@ def _add(sums: dict[tuple[str, bool], _Sums], parts: Iterable[Part], experts: Ma
         total.add(x, seen.get("weight"), seen.get("original"), seen.get("lacking"))
 
 
-def _parts(
-    run: _Run, pair: _Run | None, batch: Batch, held: bool, residual: Mapping[str, str], grams: bool, index: int
-) -> Iterator[Part]:
-    """One batch's inputs of block `index`, linear by linear; `held`: some of its rows are held back."""
+def _parts(run: _Run, pair: _Run | None, batch: Batch, held: bool, residual: Mapping[str, str], grams: bool, block: int) -> Iterator[Part]:
+    """One batch's inputs of a block, linear by linear; `held`: some of its rows are held back."""
     real = batch.counted.reshape(-1)
     back = torch.zeros_like(batch.real)
     if held:
         back[(torch.arange(len(back), device=back.device) + batch.row) % HELD == HELD - 1] = True
     back = back.reshape(-1)
     for number, seen in enumerate(run.seen):
-        _check(seen, real, batch, index)
+        _check(seen, real, batch, block)
         original = pair.seen[number].x if pair is not None else None
         lacking = None
         if pair is not None and (norm := residual.get(seen.local)):
@@ -231,7 +229,7 @@ def _parts(
             yield seen.local, hold, grams, shown
 
 
-def _check(seen: _Seen, real: Tensor, batch: Batch, index: int) -> None:
+def _check(seen: _Seen, real: Tensor, batch: Batch, block: int) -> None:
     """Refuse to add up what is no number, by its linear, token and sample.
 
     Raises:
@@ -246,7 +244,7 @@ def _check(seen: _Seen, real: Tensor, batch: Batch, index: int) -> None:
         labels = batch.labels[row] if batch.labels else {}
         of = f" of sample {labels['id']} ({labels['language']}, {labels['domain']})" if labels else ""
         raise CheckpointError(
-            f"block {index}: {seen.local}: NaN or infinity in the activations that it is fed, at token {token}{of}: a damaged weight, or "
+            f"block {block}: {seen.local}: NaN or infinity in the activations that it is fed, at token {token}{of}: a damaged weight, or "
             "fp16 that overflows (convert to bf16)"
         )
 
