@@ -4,7 +4,7 @@
 
 kill    SIGKILL in every phase, the download and the card included; the command again, until it ends: all bytes of all formats are those
         of an undisturbed run, and no block is solved again but the one that was being solved
-starve  the disk is full after a random number of bytes (a shim below Python's files, since mounting a small disk needs rights)
+starve  the disk becomes full at a random touch of a file (a small one, mounted; a shim below Python's files where nobody may mount)
 creep   resident memory, read from outside, at block 40 of 48 beside block 8
 limits  --max-memory, read from outside
 fuzz    mutations of every kind of input (benchmarks/mutations.py), in what is left of the minutes
