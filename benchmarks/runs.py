@@ -34,7 +34,7 @@ from quantkit.errors import QuantkitError, StoreError
 
 CREEP = 1.05
 REPO, COMMIT = "someone/tiny", "0" * 40
-OF_THE_PROCESS = ("seconds", "seconds_by_block", "memory", "peak_memory", "spilled")  # keys of run.json that tell of a process, not of its result
+OF_THE_PROCESS = ("seconds", "seconds_by_block", "memory", "peak_memory", "spilled")  # of run.json: a process, not its result
 QUICK = (
     "description: x\ncalibration: {samples: 4, sequence_length: 64}\nscore: {samples: 2, sequence_length: 64}\n"
     "search: {exponents: 2, rows: 16, shrinks: 2, sweeps: 1}\n"
