@@ -197,13 +197,14 @@ def test_a_disk_that_becomes_full_is_one_line_and_the_run_goes_on(job, tmp_path,
         fsync(file)
 
     monkeypatch.setattr(os, "fsync", full)
-    for count in range(1, 40, 2):
+    for count in range(1, 200, 2):
         allowed[0] = count
         try:
             pipeline.quantize(**job, output=tmp_path / "out")
         except StoreError as problem:
             lines.append(str(problem))
-            assert not (tmp_path / "out" / "run.json").exists()
+            told = tmp_path / "out" / "run.json"  # its name may be there where only the folder could not be brought to the disk
+            assert not told.exists() or json.loads(told.read_text())["blocks"]
             assert not [path for path in tmp_path.rglob("*") if path.name.endswith(".part") or path.name == LOCK]
         else:
             break
