@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.model.experts import is_experts
 from quantkit.model.twin import logits_of
 
 
@@ -64,13 +63,6 @@ def starred(local: str) -> str:
 
 def parts_of(local: str) -> tuple[str, str, str]:
     return tuple(f"{local}.*.{leaf}_proj" for leaf in ("gate", "up", "down"))  # type: ignore[return-value]
-
-
-def readable(module: nn.Module) -> bool:
-    """Experts whose layout quantkit computes."""
-    return is_experts(module) and bool(
-        module.has_gate and not module.has_bias and not module.is_transposed and not module.has_post_expert_norm
-    )
 
 
 def is_norm(call: Call) -> bool:

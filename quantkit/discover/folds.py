@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.discover.calls import Call, is_norm, parts_of, readable, same, starred
+from quantkit.discover.calls import Call, is_norm, parts_of, same, starred
 from quantkit.families.family import Fold
+from quantkit.model.experts import readable
 from quantkit.model.twin import logits_of
 
 SAME = 1e-5  # relative change of the logits that rounding explains
@@ -53,7 +54,7 @@ def _offset_of(call: Call) -> float:
         for value in (0.0, 1.0):
             weight.fill_(value)
             outs.append(call.module(call.read) - shift)
-    except TypeError:  # a gated norm reads more than one tensor: left alone, for no trial succeeds with it
+    except Exception:  # a gated norm reads more than one tensor: left alone, for no trial succeeds with it
         return float("nan")
     finally:
         weight.copy_(before)

@@ -7,28 +7,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.discover.calls import Call, is_norm, parts_of, readable, same, starred
+from quantkit.discover.calls import Call, is_norm, parts_of, same, starred
 from quantkit.errors import FamilyError
 from quantkit.families.family import ENDS, IGNORE_TOWERS, TOWERS, in_block, outside_block, rename
-from quantkit.model.blocks import hollow_text_model
-from quantkit.model.experts import check_experts, is_experts
+from quantkit.model.blocks import decoder_blocks, hollow_text_model
+from quantkit.model.experts import is_experts, readable, unreadable
 from quantkit.model.twin import EXPERTS, published
 from quantkit.types import Json
 
 NARROW = 32  # no group of columns fits; such linears are gates
 
 
-def obstacles(blocks: list[nn.Module], calls: list[list[Call]], outputs: list[Any]) -> Iterator[str]:
-    """What cannot be streamed or quantized, each as one sentence with what to do."""
-    for index, block in enumerate(blocks):
-        try:
-            check_experts(block)
-        except FamilyError as problem:
-            yield f"{problem}; quantkit cannot stream this model"
-            break
-        if not torch.is_tensor(outputs[index]):
-            yield f"{type(block).__name__} returns a {type(outputs[index]).__name__}, not hidden states alone; quantkit cannot stream it"
-            break
+def obstacles(blocks: list[nn.Module], calls: list[list[Call]]) -> Iterator[str]:
+    """What cannot be quantized, each as one sentence with what comes of it."""
+    for why in dict.fromkeys(why for block in blocks for why in unreadable(block)):
+        yield f"{why}, which stay in the checkpoint's precision"
     called = {call.local for block_calls in calls for call in block_calls}
     silent = {local for block in blocks for local, module in block.named_modules() if isinstance(module, nn.Linear)} - called
     for local in sorted(silent):
@@ -40,7 +33,7 @@ def obstacles(blocks: list[nn.Module], calls: list[list[Call]], outputs: list[An
 
 def staying(config: Json, blocks: list[nn.Module]) -> dict[str, str]:
     """What stays in the checkpoint's precision: routers, and linears narrower than any group in the model as it is published."""
-    full = hollow_text_model(config, torch.bfloat16).get_decoder().layers
+    _, full = decoder_blocks(hollow_text_model(config, torch.bfloat16))
     narrow: dict[str, int] = {}
     for block in full:
         for local, module in block.named_modules():
@@ -94,30 +87,43 @@ def kept(blocks: list[nn.Module], linears: Iterable[str], fused: Mapping[str, An
     return tuple(names | dict.fromkeys(leaves))
 
 
-def on_disk(model: Any, blocks: list[nn.Module], fused: Mapping[str, tuple[str, ...]]) -> tuple[dict[str, str], list[str]]:
+def on_disk(model: Any, blocks: list[nn.Module], fused: dict[str, tuple[str, ...]]) -> tuple[dict[str, str], list[str]]:
     """Modules whose published name differs, found by their values; and published tensors that hold a kept tensor under another leaf.
 
+    Experts that are published in one tensor under another name get an entry in `fused` under that name too.
+
     Raises:
-        FamilyError: a published tensor that is no tensor, expert or half of experts of the model.
+        FamilyError: a published tensor that is no tensor, expert or half of experts of the model, or none of a decoder block at all.
     """
     table: dict[str, str] = {}
     leaves: dict[str, None] = {}
     whole = [dict(_tensors(block, fused)) for block in blocks]
-    for name, tensor in published(model).items():
-        if (place := in_block(name)) is None:
-            continue
-        _, index, disk = place
+    together = [{name: block.state_dict()[name] for name in fused if name in block.state_dict()} for block in blocks]
+    placed = [(place, tensor) for name, tensor in published(model).items() if (place := in_block(name)) is not None]
+    if not placed:
+        raise FamilyError("config.json: no published tensor of a decoder block is called model.layers.N.…; write its table by hand")
+    for (prefix, index, disk), tensor in placed:
         have = whole[index]
         if disk in fused or (disk in have and have[disk].shape == tensor.shape):
             continue
-        local = next((one for one, value in have.items() if value.shape == tensor.shape and torch.equal(value, tensor)), None)
+        if one := _same(together[index], tensor):
+            fused[disk] = fused[one]
+            continue
+        local = _same(have, tensor)
         if local is None:
-            raise FamilyError(f"{name}: the published checkpoint lays this tensor out otherwise than the model; write its table by hand")
+            raise FamilyError(
+                f"{prefix}{disk}: the published checkpoint lays this tensor out otherwise than the model; write its table by hand"
+            )
         if local.rpartition(".")[2] == disk.rpartition(".")[2]:
             table[starred(local.rpartition(".")[0])] = starred(disk.rpartition(".")[0])
         else:
             leaves[starred(disk)] = None
-    return table, list(leaves)
+    locals_ = {disk: local for local, disk in table.items()}  # as plans name a tensor: its module by the table, its leaf as it is
+    return table, [f"{rename(locals_, disk.rpartition('.')[0])}.{disk.rpartition('.')[2]}" for disk in leaves]
+
+
+def _same(among: Mapping[str, Tensor], tensor: Tensor) -> str | None:
+    return next((name for name, value in among.items() if value.shape == tensor.shape and torch.equal(value, tensor)), None)
 
 
 def _tensors(block: nn.Module, fused: Mapping[str, tuple[str, ...]]) -> Iterator[tuple[str, Tensor]]:

@@ -81,8 +81,15 @@ def hollow_model(config: Json, folder: Path | None, dtype: torch.dtype) -> Any:
 
 def parse_config(config: Json) -> Any:
     """transformers' own object; raises whatever transformers raises."""
-    fields = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
+    fields = {k: _number(v) for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _number(value: Any) -> Any:
+    """transformers writes an infinite float as {"__float__": "Infinity"}, for JSON has none, and reads it back in from_pretrained only."""
+    if isinstance(value, dict):
+        return float(value["__float__"]) if value.keys() == {"__float__"} else {key: _number(one) for key, one in value.items()}
+    return [_number(one) for one in value] if isinstance(value, list) else value
 
 
 def text_defaults(config: Json) -> Json:
@@ -130,6 +137,25 @@ def hollow_text_model(config: Json, dtype: torch.dtype, **options: Any) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    """The decoder's blocks and where they hang in the model: "model.layers".
+
+    Raises:
+        FamilyError: no list of modules is as long as the model is deep, or several are.
+    """
+    named = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    layers = getattr(model.get_decoder(), "layers", None)
+    found = [name for name, module in named.items() if module is layers]
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = found or [name for name, module in named.items() if len(module) == depth and "layers" in name.rpartition(".")[2]]
+    if len(found) != 1:
+        raise FamilyError(
+            f"config.json: quantkit does not find the decoder blocks of {type(model).__name__} (a list of {depth} layers), so it cannot "
+            "stream them; use a tool that loads the whole model"
+        )
+    return found[0], named[found[0]]
+
+
 def fill_buffers(model: Any) -> None:
     """inv_freq, embed_scale ... are in no checkpoint: the model's own initialisation makes them, all else flagged as loaded."""
     for tensor in model.state_dict(keep_vars=True).values():
@@ -148,18 +174,16 @@ class Skeleton:
 
     Raises:
         CheckpointError: a block's tensor has no source in the checkpoint or another shape than the model's.
-        FamilyError: experts that cannot be streamed.
+        FamilyError: the model's blocks are not found.
     """
 
     def __init__(self, checkpoint: TensorSource, dtype: torch.dtype, memory: Memory | None = None):
         self.checkpoint, self.memory = checkpoint, memory or Memory()
         self.model = hollow_model(checkpoint.config, checkpoint.folder, dtype)
-        decoder = self.model.get_decoder()
-        self.blocks: list[nn.Module] = list(decoder.layers)
+        place, blocks = decoder_blocks(self.model)
+        self.blocks: list[nn.Module] = list(blocks)
         self.open = 0  # the block that is filled
-        self._prefix = next(name for name, module in self.model.named_modules() if module is decoder.layers) + "."
-        for block in self.blocks:
-            experts.check_experts(block)
+        self._prefix, decoder = place + ".", self.model.get_submodule(place.rpartition(".")[0])
         self._sources = self._find_sources()
         fill_buffers(self.model)
         head = self.model.get_output_embeddings()
@@ -257,11 +281,12 @@ class State:
 
     hidden: MutableSequence[Tensor]
     shared: list[dict[str, Any]]
+    beside: list[tuple[Any, ...] | None]  # what the last block returned behind the hidden states; None of one that returns them alone
 
     def fork(self) -> "State":
         """An independent stream from here: the tensors are shared until one of the two moves on."""
         hidden = self.hidden.fork() if isinstance(self.hidden, Activations) else list(self.hidden)
-        return State(hidden, [{k: copy.copy(v) for k, v in s.items()} for s in self.shared])
+        return State(hidden, [{k: copy.copy(v) for k, v in s.items()} for s in self.shared], list(self.beside))
 
     def check(self, what: str) -> None:
         """Refuse to go on with activations that are no numbers; `what` made them.
@@ -283,16 +308,22 @@ class Stream:
     @torch.no_grad()
     def start(self) -> State:
         """The hidden states in front of block 0."""
-        hidden = (self._arguments(b, 0)[0] for b in range(len(self.batches)))
-        return State(Activations(hidden, self.skeleton.memory), [{} for _ in self.batches])
+        hidden = (self._arguments(b, 0, None)[0] for b in range(len(self.batches)))
+        return State(Activations(hidden, self.skeleton.memory), [{} for _ in self.batches], [None for _ in self.batches])
 
     def run(self, block: nn.Module, state: State, batch: int, grad: bool = False, dtype: torch.dtype | None = None) -> Tensor:
         """The open block's (or its twin's) output for one batch; the hidden states do not move. Running twice is safe.
 
         `dtype`: of all that the block is given, where it computes in another precision than the model.
         """
+        return self._run(block, state, batch, grad, dtype)[0]
+
+    def _run(
+        self, block: nn.Module, state: State, batch: int, grad: bool = False, dtype: torch.dtype | None = None
+    ) -> tuple[Tensor, tuple[Any, ...] | None]:
+        """The hidden states, and what the block returns behind them."""
         with torch.no_grad():
-            _, args, kwargs = self._arguments(batch, self.skeleton.open)
+            _, args, kwargs = self._arguments(batch, self.skeleton.open, state.beside[batch])
         # dict arguments (shared keys and values) are written by some blocks and read by later ones: one dict for each batch and state
         shared = state.shared[batch]
         kwargs = {k: shared.setdefault(k, copy.copy(v)) if isinstance(v, (dict, UserDict)) else v for k, v in kwargs.items()}
@@ -300,15 +331,19 @@ class Stream:
         if dtype is not None:
             hidden, args, kwargs = _cast((hidden, args, kwargs), dtype)
         with torch.set_grad_enabled(grad):
-            out = block(hidden, *args, **kwargs)
+            made = block(hidden, *args, **kwargs)
+        out, beside = (made[0], made[1:]) if isinstance(made, tuple) and made else (made, None)
         if not torch.is_tensor(out) or out.shape != state.hidden[batch].shape:
-            raise FamilyError(f"{type(block).__name__} does not return hidden states of the shape it was given: it cannot be streamed")
-        return out
+            raise FamilyError(
+                f"{type(block).__name__} returns no hidden states of the shape it was given, so it cannot be streamed; use a tool that "
+                "loads the whole model"
+            )
+        return out, beside
 
     def advance(self, block: nn.Module, state: State) -> None:
         """Every batch through the open block."""
         for batch in range(len(self.batches)):
-            state.hidden[batch] = self.run(block, state, batch)
+            state.hidden[batch], state.beside[batch] = self._run(block, state, batch)
 
     def close(self) -> None:
         """Forget the arguments of the block that was open."""
@@ -319,16 +354,27 @@ class Stream:
         """The model's own tail (norm, head, softcap) on some positions of the streamed hidden states; cut, for vocabularies are large."""
         last = len(self.skeleton.blocks) - 1
         dim = state.hidden[batch].ndim - 2  # (rows, tokens, hidden), or (streams, rows, tokens, hidden) with AltUp
-        hidden = state.hidden[batch].narrow(dim, *_bounds(part, state.hidden[batch].shape[dim]))
+        whole = state.hidden[batch].shape
+        hidden = state.hidden[batch].narrow(dim, *_bounds(part, whole[dim]))
 
-        def make(k: int) -> Callable[..., Tensor]:
-            return lambda *args, **kwargs: hidden if k == last else _hidden_of(args, kwargs)
+        def cut(value: Any) -> Any:  # a second residual stream, say
+            alike = torch.is_tensor(value) and value.shape[: dim + 1] == whole[: dim + 1]
+            return value.narrow(dim, *_bounds(part, whole[dim])) if alike else value
+
+        beside = state.beside[batch]
+        beside = None if beside is None else tuple(cut(value) for value in beside)
+
+        def make(k: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: _returned(hidden if k == last else _hidden_of(args, kwargs), beside)
 
         with self._stand_ins(make):
             return self.skeleton.model(input_ids=self.batches[batch].ids[:, part], use_cache=False).logits
 
-    def _arguments(self, batch: int, index: int) -> Any:
-        """(hidden states, args, kwargs) that block `index` gets: the model's own forward, blocks before it passing through."""
+    def _arguments(self, batch: int, index: int, beside: tuple[Any, ...] | None) -> Any:
+        """(hidden states, args, kwargs) that block `index` gets: the model's own forward, blocks before it passing through.
+
+        `beside`: what the block before it returned behind the hidden states; the model's own loop hands it on.
+        """
         if (batch, index) in self._cache:
             return self._cache[batch, index]
         call: dict[str, Any] = {}
@@ -342,11 +388,11 @@ class Stream:
                 return value.clone()
             return value
 
-        def make(k: int) -> Callable[..., Tensor]:
-            def forward(*args: Any, **kwargs: Any) -> Tensor:
+        def make(k: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
                 hidden = _hidden_of(args, kwargs)
                 if k < index:
-                    return hidden
+                    return _returned(hidden, beside)
                 kwargs.pop("hidden_states", None)
                 call["got"] = hidden if index == 0 else None, [own(v) for v in args[1:]], {n: own(v) for n, v in kwargs.items()}
                 raise _Captured
@@ -355,12 +401,12 @@ class Stream:
 
         with self._stand_ins(make), suppress(_Captured):
             self.skeleton.model(input_ids=self.batches[batch].ids, use_cache=False)
-        if costly:  # per-layer inputs take a third of a block's forward to make; masks and positions are cheaper made than kept
+        if costly and not beside:  # per-layer inputs take a third of a block's forward to make; masks and positions are cheaper made than kept
             self._cache[batch, index] = call["got"]
         return call["got"]
 
     @contextmanager
-    def _stand_ins(self, make: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
+    def _stand_ins(self, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
         blocks = self.skeleton.blocks
         for k, block in enumerate(blocks):
             block.forward = make(k)  # type: ignore[method-assign]  # on the instance: everything else of the block stays visible
@@ -380,6 +426,11 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, (dict, UserDict)):
         return type(value)({key: _cast(one, dtype) for key, one in value.items()})
     return value
+
+
+def _returned(hidden: Tensor, beside: tuple[Any, ...] | None) -> Any:
+    """As the blocks of this model return it."""
+    return hidden if beside is None else (hidden, *beside)
 
 
 def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
