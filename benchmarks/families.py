@@ -17,6 +17,7 @@ A type runs in a process of its own, with limits on time and memory; its row is 
 import argparse
 import json
 import multiprocessing
+import re
 import resource
 import sys
 import tempfile
@@ -142,8 +143,8 @@ def decoded(original: Path, packed: Path, into: Path) -> Any:
     tensors |= {f"{one.name}.weight": reader.decode(one) for one in reader.stored}
     like = load_file(original / "model.safetensors")
     for name, tensor in like.items():  # experts that the original holds in one tensor
-        if name not in tensors and (parts := _experts(name, tensors)) is not None:
-            tensors[name] = parts.view(tensor.shape)
+        if name not in tensors and tensor.ndim == 3 and (made := _experts(name, tensor, tensors)) is not None:
+            tensors[name] = made
     if set(like) - set(tensors):
         raise Wrong(f"the folder holds nothing for {sorted(set(like) - set(tensors))[0]}")
     into.mkdir()
@@ -152,16 +153,20 @@ def decoded(original: Path, packed: Path, into: Path) -> Any:
     return load_model(into)
 
 
-def _experts(name: str, tensors: dict[str, Any]) -> Any:
-    """gate_up_proj or down_proj of all experts, from each expert's own matrices."""
+def _experts(name: str, like: Any, tensors: dict[str, Any]) -> Any:
+    """All experts' gate and up, or their down, of the block of a tensor (experts, out, in): what fits its shape."""
     import torch
 
-    stem, _, leaf = name.rpartition(".")
-    parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
-    made = []
-    while f"{stem}.{len(made)}.{parts[0]}.weight" in tensors:
-        made.append(torch.cat([tensors[f"{stem}.{len(made)}.{part}.weight"] for part in parts]))
-    return torch.stack(made) if made else None
+    block = re.match(r".*?layers\.\d+\.", name)
+    for parts in (("gate_proj", "up_proj"), ("down_proj",)):
+        made = []
+        for expert in range(len(like)):
+            wanted = [rf"{re.escape(block[0])}.*experts\.{expert}\.{part}\.weight" for part in parts] if block else []
+            found = [tensors[one] for pattern in wanted for one in tensors if re.fullmatch(pattern, one)]
+            made.append(torch.cat(found) if found else torch.empty(0))
+        if made[0].shape == like.shape[1:]:
+            return torch.stack(made)
+    return None
 
 
 def _child(model_type: str, results: Path) -> None:

@@ -124,7 +124,7 @@ def _fed(
     with watch_routing(block, stream.batches, cells) as routing, _watching(block, grams) as watch:
         for number, batch in enumerate(stream.batches):
             watch.counted, watch.last = batch.counted.reshape(-1), (None, "")
-            state.hidden[number] = stream.run(block, state, number)
+            state.pass_on(number, stream.run(block, state, number))
     stats = {local: InputStats(s.tokens, s.abs, s.square, s.gram) for local, s in watch.sums.items()}
     return stats | {local: stats[first] for local, first in watch.same.items()}, routing
 

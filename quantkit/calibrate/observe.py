@@ -110,11 +110,11 @@ def observe(
                 pair, out = other.run(stream, beside[1], number, whole=move)
                 if move:
                     assert out is not None
-                    beside[1].hidden[number] = out
+                    beside[1].pass_on(number, out)
             run, out = tap.run(stream, state, number, whole=move and other is None, routing=pair.routing if pair else None)
             if move and other is None:
                 assert out is not None
-                state.hidden[number] = out
+                state.pass_on(number, out)
             _add(sums, run, pair, batch, rows if held else None, residual or {}, grams)
             rows += len(batch.ids)
     stats = {

@@ -1,13 +1,15 @@
 """Which module read which tensor, in what order: one forward of the twin, watched."""
 
+import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from quantkit.model.experts import is_linear
 from quantkit.model.twin import logits_of
 
 
@@ -50,6 +52,35 @@ def watch(model: Any, blocks: list[nn.Module]) -> tuple[list[list[Call]], list[A
     for hook in hooks:
         hook.remove()
     return calls, outputs
+
+
+def read_elsewhere(model: Any, place: str) -> Iterator[str]:
+    """Linears whose weight other code reads than their own forward: an engine that keeps them packed has no such tensor there."""
+    spare = copy.deepcopy(model)
+    blocks = list(spare.get_submodule(place))
+
+    def close(module: Any) -> Callable[[], None]:
+        weight = module._parameters.pop("weight")
+        module.forward = lambda x: nn.functional.linear(x, weight, module.bias)
+
+        def again() -> None:
+            del module.forward
+            module.weight = weight
+
+        return again
+
+    for local in dict.fromkeys(local for block in blocks for local, module in block.named_modules() if is_linear(module)):
+        modules = [module for block in blocks for name, module in block.named_modules() if name == local and is_linear(module)]
+        opened = [close(module) for module in modules]
+        try:
+            logits_of(spare)
+            for module in spare.modules():  # from_pretrained asks again
+                spare._init_weights(module)
+        except AttributeError:
+            yield local
+        finally:
+            for again in opened:
+                again()
 
 
 def same(one: Tensor, other: Tensor | None) -> bool:

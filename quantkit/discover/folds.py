@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from quantkit.discover.calls import Call, is_norm, parts_of, same, starred
 from quantkit.families.family import Fold
-from quantkit.model.experts import readable
+from quantkit.model.experts import is_linear, readable
 from quantkit.model.twin import logits_of
 
 SAME = 1e-5  # relative change of the logits that rounding explains
@@ -131,7 +131,7 @@ def row_folds(
     pairs: dict[tuple[str, str], list[tuple[Call, Call]]] = {}
     experts: dict[str, list[nn.Module]] = {}
     for block_calls in calls:
-        ours = [call for call in block_calls if isinstance(call.module, nn.Linear) and call.local in allowed]
+        ours = [call for call in block_calls if is_linear(call.module) and call.local in allowed]
         for place, first in enumerate(ours):
             for second in ours[place + 1 :]:
                 rows, columns = first.module.out_features, second.module.in_features  # type: ignore[operator]

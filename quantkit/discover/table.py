@@ -7,11 +7,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.discover.calls import Call, is_norm, parts_of, same, starred
+from quantkit.discover.calls import Call, is_norm, parts_of, read_elsewhere, same, starred
 from quantkit.errors import FamilyError
 from quantkit.families.family import ENDS, IGNORE_TOWERS, TOWERS, in_block, outside_block, rename
 from quantkit.model.blocks import decoder_blocks, hollow_text_model
-from quantkit.model.experts import is_experts, readable, unreadable
+from quantkit.model.experts import is_experts, is_linear, readable, unreadable
 from quantkit.model.twin import EXPERTS, published
 from quantkit.types import Json
 
@@ -23,7 +23,7 @@ def obstacles(blocks: list[nn.Module], calls: list[list[Call]]) -> Iterator[str]
     for why in dict.fromkeys(why for block in blocks for why in unreadable(block)):
         yield f"{why}, which stay in the checkpoint's precision"
     called = {call.local for block_calls in calls for call in block_calls}
-    silent = {local for block in blocks for local, module in block.named_modules() if isinstance(module, nn.Linear)} - called
+    silent = {local for block in blocks for local, module in block.named_modules() if is_linear(module)} - called
     for local in sorted(silent):
         yield f"{local}: nothing called it, so it is kept as it is; a recipe cannot target it"
     numbered = sorted({starred(local) for local in called if starred(local) != local})
@@ -31,22 +31,22 @@ def obstacles(blocks: list[nn.Module], calls: list[list[Call]]) -> Iterator[str]
         yield f"{numbered[0]}: experts as a list of modules, outside transformers' experts interface, are kept as they are"
 
 
-def staying(config: Json, blocks: list[nn.Module]) -> dict[str, str]:
-    """What stays in the checkpoint's precision: routers, and linears narrower than any group in the model as it is published."""
-    _, full = decoder_blocks(hollow_text_model(config, torch.bfloat16))
+def staying(config: Json, model: Any) -> dict[str, str]:
+    """What stays in the checkpoint's precision: routers, linears narrower than any group in the model as it is published, or read elsewhere."""
+    (place, blocks), (_, full) = decoder_blocks(model), decoder_blocks(hollow_text_model(config, torch.bfloat16))
     narrow: dict[str, int] = {}
     for block in full:
         for local, module in block.named_modules():
-            if isinstance(module, nn.Linear):
+            if is_linear(module):
                 narrow[local] = min(narrow.get(local, NARROW), module.in_features, module.out_features)
-    found = {}
+    found = {local: "its weight is read by other code than its own forward" for local in read_elsewhere(model, place)}
     for block in blocks:
         routes = any(is_experts(module) or _fused_elsewhere(module) for module in block.modules())
         for local, module in block.named_modules():
             weight = getattr(module, "weight", None)
             if routes and torch.is_tensor(weight) and weight.ndim == 2 and len(weight) == EXPERTS:
                 found[local] = "a router: as many outputs as experts"
-            elif not isinstance(module, nn.Linear):
+            elif not is_linear(module):
                 continue
             elif narrow.get(local, NARROW) < NARROW:
                 found[local] = f"narrow: {narrow[local]} channels"
@@ -64,7 +64,7 @@ def linears(blocks: list[nn.Module], calls: list[list[Call]], staying: Mapping[s
     found: dict[str, None] = {}
     for block_calls in calls:
         for call in block_calls:
-            if isinstance(call.module, nn.Linear) and call.local not in staying:
+            if is_linear(call.module) and call.local not in staying:
                 found[call.local] = None
             elif readable(call.module):
                 found |= dict.fromkeys(parts_of(call.local))
@@ -110,6 +110,10 @@ def on_disk(model: Any, blocks: list[nn.Module], fused: dict[str, tuple[str, ...
             fused[disk] = fused[one]
             continue
         local = _same(have, tensor)
+        if local is None and (tensor.ndim != 2 or _part_of_kept(blocks[index], fused, tensor)):
+            # a convolution's share of one that the model holds in one piece, an expert of a layout that is not taken apart; no linear
+            leaves[starred(disk)] = None
+            continue
         if local is None:
             raise FamilyError(
                 f"{prefix}{disk}: the published checkpoint lays this tensor out otherwise than the model; write its table by hand"
@@ -119,7 +123,19 @@ def on_disk(model: Any, blocks: list[nn.Module], fused: dict[str, tuple[str, ...
         else:
             leaves[starred(disk)] = None
     locals_ = {disk: local for local, disk in table.items()}  # as plans name a tensor: its module by the table, its leaf as it is
-    return table, [f"{rename(locals_, disk.rpartition('.')[0])}.{disk.rpartition('.')[2]}" for disk in leaves]
+    return table, [_renamed(locals_, disk) for disk in leaves]
+
+
+def _renamed(table: Mapping[str, str], tensor: str) -> str:
+    module, dot, leaf = tensor.rpartition(".")
+    return f"{rename(table, module)}{dot}{leaf}"
+
+
+def _part_of_kept(block: nn.Module, fused: Mapping[str, Any], tensor: Tensor) -> bool:
+    """Is it a matrix, or rows of one, in a tensor of three dimensions that stays?"""
+    stay = [whole for name, whole in block.state_dict().items() if whole.ndim == 3 and name not in fused]
+    matrices = (half for whole in stay for matrix in whole for one in (matrix, matrix.T) for half in (one, *one.chunk(2)))
+    return any(matrix.shape == tensor.shape and torch.equal(matrix, tensor) for matrix in matrices)
 
 
 def _same(among: Mapping[str, Tensor], tensor: Tensor) -> str | None:
@@ -152,7 +168,7 @@ def ignored(model: Any, blocks: list[nn.Module], linears: Iterable[str], on_disk
                 names |= dict.fromkeys((starred(local), rename(on_disk, local)))
     head = model.get_output_embeddings()
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) and in_block(f"{name}.weight") is None and module is not head:
+        if is_linear(module) and in_block(f"{name}.weight") is None and module is not head:
             names[starred(outside_block(name))] = None
     patterns = (rf"re:.*\b{re.escape(name)}$".replace(r"\*", r"\d+") for name in names)
     return ("lm_head", *patterns, *((IGNORE_TOWERS,) if nested else ()))
@@ -164,7 +180,7 @@ def residual(calls: list[list[Call]], outputs: list[Any], linears: Iterable[str]
     for block_calls, output in zip(calls, outputs, strict=True):
         norms = [(place, call) for place, call in enumerate(block_calls) if is_norm(call)]
         for place, call in enumerate(block_calls):
-            if not isinstance(call.module, nn.Linear) or call.local not in allowed or call.made is None:
+            if not is_linear(call.module) or call.local not in allowed or call.made is None:
                 continue
             sums = [one.read for later, one in norms if later > place] + [one for one in (output,) if torch.is_tensor(one)]
             made, before = call.made, [one for earlier, one in norms if earlier < place and one.read.shape == call.made.shape]

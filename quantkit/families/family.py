@@ -147,7 +147,7 @@ GGUF_PER_LAYER_NAMES = {
 # Linears that serving engines store as one matrix: they must share a scheme (contract: vLLM refuses a mixed q, k, v).
 SERVED_AS_ONE = (QKV, GATE_UP)
 
-_ABOVE = r"(?:(?:model|language_model|text_model|backbone|decoder|gpt_neox)\.)*"  # no tower is called so
+_ABOVE = r"(?:(?:model|language_model|text_model|backbone|decoder|llm|gpt_neox)\.)*"  # no tower is called so
 _BLOCK = re.compile(rf"(?P<prefix>{_ABOVE}layers\.(?P<index>\d+)\.)(?P<local>.+)")
 _OUTSIDE = re.compile(rf"{_ABOVE}(?P<rest>.+)")
 

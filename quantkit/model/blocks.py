@@ -16,7 +16,8 @@ import copy
 from collections import UserDict
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -282,11 +283,16 @@ class State:
     hidden: MutableSequence[Tensor]
     shared: list[dict[str, Any]]
     beside: list[tuple[Any, ...] | None]  # what the last block returned behind the hidden states; None of one that returns them alone
+    ahead: dict[int, tuple[Any, ...] | None] = field(default_factory=dict)  # the same, of a block that was run and not yet passed
 
     def fork(self) -> "State":
         """An independent stream from here: the tensors are shared until one of the two moves on."""
         hidden = self.hidden.fork() if isinstance(self.hidden, Activations) else list(self.hidden)
         return State(hidden, [{k: copy.copy(v) for k, v in s.items()} for s in self.shared], list(self.beside))
+
+    def pass_on(self, batch: int, hidden: Tensor) -> None:
+        """The block that was run last on this batch lies behind; `hidden`: what it returned."""
+        self.hidden[batch], self.beside[batch] = hidden, self.ahead.pop(batch, None)
 
     def check(self, what: str) -> None:
         """Refuse to go on with activations that are no numbers; `what` made them.
@@ -316,12 +322,6 @@ class Stream:
 
         `dtype`: of all that the block is given, where it computes in another precision than the model.
         """
-        return self._run(block, state, batch, grad, dtype)[0]
-
-    def _run(
-        self, block: nn.Module, state: State, batch: int, grad: bool = False, dtype: torch.dtype | None = None
-    ) -> tuple[Tensor, tuple[Any, ...] | None]:
-        """The hidden states, and what the block returns behind them."""
         with torch.no_grad():
             _, args, kwargs = self._arguments(batch, self.skeleton.open, state.beside[batch])
         # dict arguments (shared keys and values) are written by some blocks and read by later ones: one dict for each batch and state
@@ -338,12 +338,27 @@ class Stream:
                 f"{type(block).__name__} returns no hidden states of the shape it was given, so it cannot be streamed; use a tool that "
                 "loads the whole model"
             )
-        return out, beside
+        state.ahead[batch] = beside
+        return out
 
     def advance(self, block: nn.Module, state: State) -> None:
         """Every batch through the open block."""
         for batch in range(len(self.batches)):
-            state.hidden[batch], state.beside[batch] = self._run(block, state, batch)
+            state.pass_on(batch, self.run(block, state, batch))
+
+    @cached_property
+    def rows_at(self) -> int:
+        """Where hidden states count rows, tokens behind: 0 of (rows, tokens, hidden), 1 of AltUp's (streams, rows, tokens, hidden)."""
+        ids, shapes = self.batches[0].ids[:1, :1], []
+        for tokens in (2, 3):
+            (hidden, _, _), _ = self._captured(ids.expand(1, tokens), 0, None)
+            shapes.append(hidden.shape)
+        return next(dim for dim, sizes in enumerate(zip(*shapes, strict=True)) if sizes[0] != sizes[1]) - 1
+
+    def by_token(self, hidden: Tensor, features: int = 1) -> Tensor:
+        """(*streams, rows, tokens, *features) of hidden states, or of figures of each, wherever the model counts its streams."""
+        at = self.rows_at
+        return hidden.movedim((at, at + 1), (-2 - features, -1 - features))
 
     def close(self) -> None:
         """Forget the arguments of the block that was open."""
@@ -353,8 +368,7 @@ class Stream:
     def logits(self, state: State, batch: int, part: slice) -> Float[Tensor, "rows tokens vocabulary"]:
         """The model's own tail (norm, head, softcap) on some positions of the streamed hidden states; cut, for vocabularies are large."""
         last = len(self.skeleton.blocks) - 1
-        dim = state.hidden[batch].ndim - 2  # (rows, tokens, hidden), or (streams, rows, tokens, hidden) with AltUp
-        whole = state.hidden[batch].shape
+        whole, dim = state.hidden[batch].shape, self.rows_at + 1
         hidden = state.hidden[batch].narrow(dim, *_bounds(part, whole[dim]))
 
         def cut(value: Any) -> Any:  # a second residual stream, say
@@ -377,6 +391,14 @@ class Stream:
         """
         if (batch, index) in self._cache:
             return self._cache[batch, index]
+        got, costly = self._captured(self.batches[batch].ids, index, beside)
+        if costly and not beside:  # per-layer inputs take a third of a block's forward to make; masks and positions are cheaper made than kept
+            self._cache[batch, index] = got
+        return got
+
+    @torch.no_grad()
+    def _captured(self, ids: Tensor, index: int, beside: tuple[Any, ...] | None) -> tuple[Any, bool]:
+        """What block `index` gets of some rows of tokens, and whether it is dear to make."""
         call: dict[str, Any] = {}
         costly = False
 
@@ -400,10 +422,8 @@ class Stream:
             return forward
 
         with self._stand_ins(make), suppress(_Captured):
-            self.skeleton.model(input_ids=self.batches[batch].ids, use_cache=False)
-        if costly and not beside:  # per-layer inputs take a third of a block's forward to make; masks and positions are cheaper made than kept
-            self._cache[batch, index] = call["got"]
-        return call["got"]
+            self.skeleton.model(input_ids=ids, use_cache=False)
+        return call["got"], costly
 
     @contextmanager
     def _stand_ins(self, make: Callable[[int], Callable[..., Any]]) -> Iterator[None]:
