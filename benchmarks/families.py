@@ -117,9 +117,7 @@ def measure(model_type: str, place: Path) -> dict[str, Any]:
         return moved
 
     row: dict[str, Any] = {"model_type": model_type, "transformers": transformers.__version__}
-    todo: dict[str, Callable[[], Any]] = dict(
-        zip(STEPS, (build, stream, folds, lambda: kl("rtn"), lambda: kl("awq"), opens), strict=True)
-    )
+    todo: dict[str, Callable[[], Any]] = dict(zip(STEPS, (build, stream, folds, lambda: kl("rtn"), lambda: kl("awq"), opens), strict=True))
     for step, figure in todo.items():
         try:
             row[step] = figure()
@@ -239,7 +237,9 @@ def between_marks(page: str, made: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
-    parser.add_argument("--types", help="comma-separated, measured anew; default: all causal language models of transformers not yet measured")
+    parser.add_argument(
+        "--types", help="comma-separated, measured anew; default: all causal language models of transformers not yet measured"
+    )
     parser.add_argument("--results", type=Path, default=Path("census"), help="a folder, a JSON file a type")
     parser.add_argument("--table", type=Path, help="measure nothing; write what is known into this page")
     options = parser.parse_args()

@@ -58,6 +58,7 @@ def read_elsewhere(model: Any, place: str) -> Iterator[str]:
     """Linears whose weight other code reads than their own forward: an engine that keeps them packed has no such tensor there."""
     spare = copy.deepcopy(model)
     blocks = list(spare.get_submodule(place))
+    initialized = [module for module in spare.modules() if _runs(spare._init_weights, module)]  # from_pretrained does that too
 
     def close(module: Any) -> Callable[[], None]:
         weight = module._parameters.pop("weight")
@@ -73,14 +74,19 @@ def read_elsewhere(model: Any, place: str) -> Iterator[str]:
         modules = [module for block in blocks for name, module in block.named_modules() if name == local and is_linear(module)]
         opened = [close(module) for module in modules]
         try:
-            logits_of(spare)
-            for module in spare.modules():  # from_pretrained asks again
-                spare._init_weights(module)
-        except AttributeError:
-            yield local
+            if not _runs(logits_of, spare) or not all(_runs(spare._init_weights, module) for module in initialized):
+                yield local
         finally:
             for again in opened:
                 again()
+
+
+def _runs(call: Callable[[Any], Any], value: Any) -> bool:
+    try:
+        call(value)
+    except AttributeError:
+        return False
+    return True
 
 
 def same(one: Tensor, other: Tensor | None) -> bool:

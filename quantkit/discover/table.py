@@ -32,14 +32,14 @@ def obstacles(blocks: list[nn.Module], calls: list[list[Call]]) -> Iterator[str]
 
 
 def staying(config: Json, model: Any) -> dict[str, str]:
-    """What stays in the checkpoint's precision: routers, linears narrower than any group in the model as it is published, or read elsewhere."""
+    """What stays in the checkpoint's precision: routers; linears narrower than any group in the published model, or read elsewhere."""
     (place, blocks), (_, full) = decoder_blocks(model), decoder_blocks(hollow_text_model(config, torch.bfloat16))
     narrow: dict[str, int] = {}
     for block in full:
         for local, module in block.named_modules():
             if is_linear(module):
                 narrow[local] = min(narrow.get(local, NARROW), module.in_features, module.out_features)
-    found = {local: "its weight is read by other code than its own forward" for local in read_elsewhere(model, place)}
+    found = dict.fromkeys(read_elsewhere(model, place), "its weight is read by other code than its own forward")
     for block in blocks:
         routes = any(is_experts(module) or _fused_elsewhere(module) for module in block.modules())
         for local, module in block.named_modules():

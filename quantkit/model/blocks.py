@@ -148,7 +148,7 @@ def decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     layers = getattr(model.get_decoder(), "layers", None)
     found = [name for name, module in named.items() if module is layers]
     depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    found = found or [name for name, module in named.items() if len(module) == depth and "layers" in name.rpartition(".")[2]]
+    found = found or [name for name, module in named.items() if len(module) == depth]
     if len(found) != 1:
         raise FamilyError(
             f"config.json: quantkit does not find the decoder blocks of {type(model).__name__} (a list of {depth} layers), so it cannot "
@@ -392,7 +392,9 @@ class Stream:
         if (batch, index) in self._cache:
             return self._cache[batch, index]
         got, costly = self._captured(self.batches[batch].ids, index, beside)
-        if costly and not beside:  # per-layer inputs take a third of a block's forward to make; masks and positions are cheaper made than kept
+        if (
+            costly and not beside
+        ):  # per-layer inputs take a third of a block's forward to make; masks and positions are cheaper made than kept
             self._cache[batch, index] = got
         return got
 

@@ -51,11 +51,11 @@ def small_config(config: Json, proportional: bool = False) -> Any:
     except Exception as problem:  # transformers raises anything
         if config.get("auto_map"):
             raise FamilyError("config.json: the model brings code of its own (auto_map), which quantkit does not run") from None
-        raise CheckpointError(
-            f"config.json: transformers cannot read it ({_line(problem)}); upgrade transformers, or correct it"
-        ) from None
+        raise CheckpointError(f"config.json: transformers cannot read it ({_line(problem)}); upgrade transformers, or correct it") from None
     own_names = {theirs: ours for ours, theirs in text.attribute_map.items()}  # n_embd -> hidden_size
-    named = {key: value for key, value in text.to_dict().items() if key not in ("architectures", "dtype", "transformers_version", "model_type")}
+    named = {
+        key: value for key, value in text.to_dict().items() if key not in ("architectures", "dtype", "transformers_version", "model_type")
+    }
     fields = {own_names.get(key, key): value for key, value in named.items()}
     depth = getattr(text, "num_hidden_layers", None)
     if not isinstance(depth, int) or depth < 1:
@@ -87,7 +87,9 @@ def small_config(config: Json, proportional: bool = False) -> Any:
 
 def _layers(fields: Json, depth: int) -> list[int]:
     """One layer of each kind, two at least: everything that the config says layer by layer tells them apart."""
-    lists = [value for key, value in fields.items() if isinstance(value, list) and len(value) == depth and not _are_indices(key, value, depth)]
+    lists = [
+        value for key, value in fields.items() if isinstance(value, list) and len(value) == depth and not _are_indices(key, value, depth)
+    ]
     own = {int(layer): repr(value) for layer, value in (fields.get("per_layer_config") or {}).items()}
     indices = [set(value) for key, value in fields.items() if _are_indices(key, value, depth)]
     shared, dense = depth - (fields.get("num_kv_shared_layers") or 0), fields.get("first_k_dense_replace") or 0
@@ -129,7 +131,9 @@ class _Shrink:
                 if layer in by_layer
             }
         if key == "rope_parameters" and isinstance(value, Mapping):  # no say in what folds; its lists would fit no other width
-            return {name: _rope(one) for name, one in value.items()} if any(isinstance(v, Mapping) for v in value.values()) else _rope(value)
+            return (
+                {name: _rope(one) for name, one in value.items()} if any(isinstance(v, Mapping) for v in value.values()) else _rope(value)
+            )
         return self.number(key, value)
 
     def number(self, key: str, value: Any) -> Any:

@@ -161,7 +161,10 @@ def _context(folder: Path, about: Json, format: str, files: Json, evaluations: S
         "needs_conversion": bool(experts) and needed(str(about["model_type"])),
         "model_type": about["model_type"],
         "table": about["family"].partition(" (")[2].removesuffix(")"),
-        "snippet": about["family"] == "gemma4" and len(experts) == 1 and " sym " in next(iter(experts)) and recipe["experts_layout"] != "fused",
+        "snippet": about["family"] == "gemma4"
+        and len(experts) == 1
+        and " sym " in next(iter(experts))
+        and recipe["experts_layout"] != "fused",
         "engines": engines,
         "limits": _limits(about, format, languages, any(row["scheme"].endswith(" signed") for _, row in rows), evaluations),
         "versions": about["versions"],

@@ -94,7 +94,7 @@ class CompressedTensors:
         self.shards = self._layout()
 
     def _check_experts(self) -> None:
-        """Transformers itself decodes experts that the source keeps apart: by one scheme, and without zero points. Others quantkit.hf does."""
+        """Experts that the source keeps apart are decoded by transformers, by one scheme and without zero points; others by quantkit.hf."""
         experts = [linear for linear in self.plan.linears() if expert_of(linear.local) is not None]
         schemes = {linear.scheme for linear in experts}
         if any(linear.source.expert is not None for linear in experts) or schemes <= {None}:
