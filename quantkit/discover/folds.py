@@ -84,8 +84,8 @@ def norm_folds(trials: Trials, calls: list[list[Call]], folds: list[Fold], evide
                 scale = trials.scale(len(weight))
                 for reader in readers:
                     columns = _columns(reader, len(weight))
-                    if columns is None:
-                        without = reader.local
+                    if columns is None:  # a module around others is read through them; what it does besides, the trial shows
+                        without = without if next(reader.module.children(), None) else reader.local
                         continue
                     enter.append((columns, columns * scale))
                     consumers |= dict.fromkeys(parts_of(reader.local)[:2] if readable(reader.module) else (reader.local,))

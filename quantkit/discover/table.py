@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from quantkit.discover.calls import Call, is_norm, parts_of, read_elsewhere, same, starred
 from quantkit.errors import FamilyError
+from quantkit.families import FAMILIES
 from quantkit.families.family import ENDS, IGNORE_TOWERS, TOWERS, in_block, outside_block, rename
 from quantkit.model.blocks import decoder_blocks, hollow_text_model
 from quantkit.model.experts import is_experts, is_linear, readable, unreadable
@@ -32,7 +33,8 @@ def obstacles(blocks: list[nn.Module], calls: list[list[Call]]) -> Iterator[str]
 
 
 def staying(config: Json, model: Any) -> dict[str, str]:
-    """What stays in the checkpoint's precision: routers; linears narrower than any group in the published model, or read elsewhere."""
+    """What stays in the checkpoint's precision: routers; linears narrower than any group in the published model, or read elsewhere;
+    those that a shipped table keeps under the same name (low-rank side paths, which a twin cannot tell from other linears)."""
     (place, blocks), (_, full) = decoder_blocks(model), decoder_blocks(hollow_text_model(config, torch.bfloat16))
     narrow: dict[str, int] = {}
     for block in full:
@@ -46,6 +48,8 @@ def staying(config: Json, model: Any) -> dict[str, str]:
             weight = getattr(module, "weight", None)
             if routes and torch.is_tensor(weight) and weight.ndim == 2 and len(weight) == EXPERTS:
                 found[local] = "a router: as many outputs as experts"
+            elif shipped := next((family.name for family in FAMILIES if f"{local}.weight" in family.kept), None):
+                found[local] = f"kept in {shipped}, for engines expect it in the checkpoint's precision"
             elif not is_linear(module):
                 continue
             elif narrow.get(local, NARROW) < NARROW:
