@@ -68,7 +68,9 @@ def discover(config: Json) -> Discovery:
         CheckpointError: transformers cannot read the config.
     """
     if config.get("is_encoder_decoder"):
-        raise FamilyError(f"config.json: {config.get('model_type')} is an encoder and a decoder; quantkit quantizes decoders alone; {INSTEAD}")
+        raise FamilyError(
+            f"config.json: {config.get('model_type')} is an encoder and a decoder; quantkit quantizes decoders alone; {INSTEAD}"
+        )
     model, logits = _running_twin(config)
     blocks = _blocks_of(model, logits)
     calls, outputs = watch(model, blocks)

@@ -57,28 +57,28 @@ def watch(model: Any, blocks: list[nn.Module]) -> tuple[list[list[Call]], list[A
 def read_elsewhere(model: Any, place: str) -> Iterator[str]:
     """Linears whose weight other code reads than their own forward: an engine that keeps them packed has no such tensor there."""
     spare = copy.deepcopy(model)
-    blocks = list(spare.get_submodule(place))
-    initialized = [module for module in spare.modules() if _runs(spare._init_weights, module)]  # from_pretrained does that too
+    hollow = copy.deepcopy(model).to("meta")  # from_pretrained initializes modules, which costs nothing here
+    initialized = [module for module in hollow.modules() if _runs(hollow._init_weights, module)]
+    linears = [name for name, module in spare.get_submodule(place).named_modules() if is_linear(module)]
+    for local in dict.fromkeys(name.partition(".")[2] for name in linears):
+        names = [f"{place}.{name}" for name in linears if name.partition(".")[2] == local]
+        opened = [_close(one.get_submodule(name)) for name in names for one in (spare, hollow)]
+        if not _runs(logits_of, spare) or not all(_runs(hollow._init_weights, module) for module in initialized):
+            yield local
+        for again in opened:
+            again()
 
-    def close(module: Any) -> Callable[[], None]:
-        weight = module._parameters.pop("weight")
-        module.forward = lambda x: nn.functional.linear(x, weight, module.bias)
 
-        def again() -> None:
-            del module.forward
-            module.weight = weight
+def _close(module: Any) -> Callable[[], None]:
+    """Take a linear's weight out of sight. Returns what brings it back."""
+    weight = module._parameters.pop("weight")
+    module.forward = lambda x: nn.functional.linear(x, weight, module.bias)
 
-        return again
+    def again() -> None:
+        del module.forward
+        module.weight = weight
 
-    for local in dict.fromkeys(local for block in blocks for local, module in block.named_modules() if is_linear(module)):
-        modules = [module for block in blocks for name, module in block.named_modules() if name == local and is_linear(module)]
-        opened = [close(module) for module in modules]
-        try:
-            if not _runs(logits_of, spare) or not all(_runs(spare._init_weights, module) for module in initialized):
-                yield local
-        finally:
-            for again in opened:
-                again()
+    return again
 
 
 def _runs(call: Callable[[Any], Any], value: Any) -> bool:
