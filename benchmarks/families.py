@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-SECONDS, BYTES = 120, 12 << 30  # for one type
+BYTES = 12 << 30  # for one type
 EQUAL = 1e-4  # relative change of logits that fp32 explains
 WORSE = 2.0  # times the KL of plain rounding: more is a wrong fold, not an unlucky search on random weights
 TELLS = 0.02  # of the KL that the run told, on the same tokens
@@ -179,16 +179,16 @@ def keep(row: dict[str, Any], results: Path) -> None:
     (results / f"{row['model_type']}.json").write_text(json.dumps(row, indent=1) + "\n")
 
 
-def take(model_type: str, results: Path) -> dict[str, Any]:
+def take(model_type: str, results: Path, seconds: int) -> dict[str, Any]:
     """A type's row, measured in a process forked from this one, which has imported everything."""
     child = multiprocessing.get_context("fork").Process(target=_child, args=(model_type, results))
     child.start()
-    child.join(SECONDS)
+    child.join(seconds)
     if child.exitcode is None:
         child.kill()
         child.join()
     if child.exitcode:
-        said = f"more than {SECONDS} s" if child.exitcode == -9 else f"the process ended with {child.exitcode}"
+        said = f"more than {seconds} s" if child.exitcode == -9 else f"the process ended with {child.exitcode}"
         keep({"model_type": model_type, "builds": said}, results)
     return read(model_type, results)
 
@@ -241,6 +241,7 @@ def main() -> None:
         "--types", help="comma-separated, measured anew; default: all causal language models of transformers not yet measured"
     )
     parser.add_argument("--results", type=Path, default=Path("census"), help="a folder, a JSON file a type")
+    parser.add_argument("--seconds", type=int, default=120, help="for one type")
     parser.add_argument("--table", type=Path, help="measure nothing; write what is known into this page")
     options = parser.parse_args()
     if options.table is None:
@@ -257,7 +258,7 @@ def main() -> None:
         options.results.mkdir(exist_ok=True)
         for model_type in options.types.split(",") if options.types else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
             if options.types or not (options.results / f"{model_type}.json").exists():
-                row = take(model_type, options.results)
+                row = take(model_type, options.results, options.seconds)
                 print(f"{model_type}: {told(row) or 'good'}", flush=True)
     rows = [json.loads(path.read_text()) for path in sorted(options.results.glob("*.json"))]
     if options.table is not None:

@@ -67,10 +67,6 @@ def discover(config: Json) -> Discovery:
         FamilyError: no twin can be built, or it does not stream.
         CheckpointError: transformers cannot read the config.
     """
-    if config.get("is_encoder_decoder"):
-        raise FamilyError(
-            f"config.json: {config.get('model_type')} is an encoder and a decoder; quantkit quantizes decoders alone; {INSTEAD}"
-        )
     model, logits = _running_twin(config)
     blocks = _blocks_of(model, logits)
     calls, outputs = watch(model, blocks)

@@ -44,7 +44,7 @@ def small_config(config: Json, proportional: bool = False) -> Any:
 
     Raises:
         CheckpointError: transformers cannot read it.
-        FamilyError: it does not say how many decoder layers there are.
+        FamilyError: an encoder and a decoder, or it does not say how many decoder layers there are.
     """
     try:
         text = parse_config(config).get_text_config()
@@ -57,6 +57,11 @@ def small_config(config: Json, proportional: bool = False) -> Any:
         key: value for key, value in text.to_dict().items() if key not in ("architectures", "dtype", "transformers_version", "model_type")
     }
     fields = {own_names.get(key, key): value for key, value in named.items()}
+    if fields.get("is_encoder_decoder") or {"encoder_attention_heads", "decoder_attention_heads"} <= named.keys():
+        raise FamilyError(
+            f"config.json: {text.model_type} is an encoder and a decoder; quantkit quantizes decoders by themselves, so use a tool that "
+            "loads the whole model"
+        )
     depth = getattr(text, "num_hidden_layers", None)
     if not isinstance(depth, int) or depth < 1:
         raise FamilyError(f"config.json: {text.model_type} has no num_hidden_layers, so no twin can be built; write its table by hand")
