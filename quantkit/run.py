@@ -30,7 +30,7 @@ from quantkit.solve.block import solve_linears
 from quantkit.solve.folds import Folding, choose_folds
 from quantkit.solve.pooling import Pooled
 from quantkit.store import Store
-from quantkit.types import Batch, BlockPlan, BlockStatistics, Effort, InputStats, Json, Plan, Solved, SolvedBlock
+from quantkit.types import Batch, BlockPlan, BlockStatistics, Effort, InputStats, Json, Linear, Plan, Solved, SolvedBlock
 
 LOGIT_POSITIONS = 64  # positions whose logits are in memory at a time: a vocabulary of 262,144 takes 1 MiB each
 
@@ -244,6 +244,34 @@ class Run:
         return scores.as_json()
 
 
+@dataclass(slots=True)
+class Rounding:
+    """Plain rounding straight from the checkpoint's tensors, for a model that cannot be run: no class is built, no sample is scored."""
+
+    plan: Plan
+    checkpoint: TensorSource
+    store: Store
+    clock: Clock
+    coverage: Sequence[BlockStatistics] = ()
+
+    def block(self, plan: BlockPlan) -> Json:
+        """One block, each linear by itself."""
+        if plan.index not in self.store:
+            with self.clock.phase("solving", plan.index):
+                linears = [linear for linear in plan.linears if linear.scheme]
+                weights = {one.local: self.checkpoint.view(one.source.tensor).to(self.plan.dtype) for one in linears}
+                for one in linears:
+                    check_weight(one, weights[one.local])
+                solved = solve_linears(linears, weights, Folding(), Pooled({}, 0), Effort(folds=False, shrinks=1))
+            with self.clock.phase("storing", plan.index):
+                self.store.put(SolvedBlock(plan.index, solved, {}, ()))
+        return report.block_report(plan, self.store.get(plan), observed=False)
+
+    def score(self) -> Json:
+        """Of no token."""
+        return Scores().as_json()
+
+
 def effort_of(recipe: Recipe) -> Effort:
     if recipe.method == "rtn":
         return Effort(folds=False, shrinks=1)
@@ -286,9 +314,18 @@ def block_weights(
         weight = weight_of(block, linear.local)
         # published leftovers that the model does not read (keys and values of layers that borrow them) have no module
         weights[linear.local] = checkpoint.view(linear.source.tensor).to(dtype) if weight is None else weight
-        if not bool(weights[linear.local].isfinite().all()):
-            raise CheckpointError(f"{linear.source.tensor}: holds NaN or infinity; the checkpoint is damaged")
+        check_weight(linear, weights[linear.local])
     return weights, {local: checkpoint.view(name).to(dtype) for local, name in plan.kept.items()}
+
+
+def check_weight(linear: Linear, weight: Tensor) -> None:
+    """Refuse a weight that is not finite.
+
+    Raises:
+        CheckpointError: NaN or infinity.
+    """
+    if not bool(weight.isfinite().all()):
+        raise CheckpointError(f"{linear.source.tensor}: holds NaN or infinity; the checkpoint is damaged")
 
 
 def _check_stats(plan: BlockPlan, block: nn.Module, stats: Mapping[str, InputStats]) -> None:

@@ -1,22 +1,28 @@
 """A table that is found on a random twin says what the shipped one says; known-wrong folds are not among what it finds."""
 
+import json
 import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import tiny
 import torch
 import transformers
 from test_families import TWINS, WRONG_FOLDS
 
 from quantkit.discover import Discovery, as_yaml, discover, family_for
-from quantkit.errors import FamilyError, QuantkitError
+from quantkit.errors import FamilyError, QuantkitError, RecipeError
 from quantkit.hf import load_model
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.twin import logits_of
 from quantkit.pipeline import quantize
 from quantkit.plan import make_plan
+from quantkit.publish.artefact import open_artefact
+from quantkit.publish.verify import verify
 from quantkit.recipe import load_recipe
 from quantkit.types import BlockPlan
 
@@ -142,7 +148,7 @@ def test_a_table_that_is_none_is_refused(edit, words, discovered, checkpoints, t
 def test_the_refusal_of_an_unknown_model_type_names_the_command():
     with pytest.raises(FamilyError, match="quantkit families discover"):
         family_for({"model_type": "olmo2"}, None)
-    with pytest.raises(FamilyError, match=r"give 'discovered', or the .yaml file"):
+    with pytest.raises(FamilyError, match=r"give 'discovered', 'names', or the .yaml file"):
         family_for({"model_type": "olmo2"}, "llama")
 
 
@@ -252,3 +258,46 @@ def test_a_family_that_does_not_ship_goes_from_config_to_folder(model_type, tmp_
         logits = [one(input_ids=tokens, use_cache=False).logits for one in (original, opened)]
     error = (logits[1] - logits[0]).norm() / (logits[0] - logits[0].mean(-1, keepdim=True)).norm()
     assert 0 < error < 0.2
+
+
+# -- what cannot be run --------------------------------------------------------------------------------------------------------------
+
+
+def renamed(source: Path, kind: str) -> Path:
+    """A model folder as a publisher's whose class no transformers has."""
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": kind, "architectures": [f"{kind}ForCausalLM"]}))
+    return source
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_model_without_a_class_is_rounded_by_names_alone(name, tmp_path):
+    known = quantize(str(tiny.build(name, tmp_path / "known")), recipe="rtn-w4", output=tmp_path / "one")
+    source = renamed(tiny.build(name, tmp_path / "model"), "brandnew")
+    with pytest.raises(FamilyError, match="the architecture 'brandnew' is not known"):
+        quantize(str(source), recipe="rtn-w4", output=tmp_path / "two")
+    with pytest.raises(QuantkitError, match="transformers cannot read it"):
+        quantize(str(source), recipe="rtn-w4", output=tmp_path / "two", family="discovered")
+    with pytest.raises(RecipeError, match="nothing is run, so only plain rounding is possible; use --recipe rtn-w4"):
+        quantize(str(source), output=tmp_path / "two", family="names")
+    made = quantize(str(source), recipe="rtn-w4", output=tmp_path / "two", family="names")
+    assert made.report["family"] == "brandnew (names)"
+    assert made.scores["tokens"] == 0
+    folder = made.artefacts["compressed-tensors"]
+    ours, theirs = (safetensors.torch.load_file(one / "model.safetensors") for one in (folder, known.artefacts["compressed-tensors"]))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    assert name == "llama" or "model.layers.0.block_sparse_moe.gate.weight" in ours
+    assert "rounded without proof of function, not streamed" in (folder / "README.md").read_text()
+    assert verify(open_artefact(folder)).good
+
+
+def test_a_table_of_a_file_is_proven_to_stream_too(discovered, checkpoints, tmp_path, monkeypatch):
+    path = tmp_path / "table.yaml"
+    path.write_text(as_yaml(discovered("mixtral")))
+    config = checkpoints("mixtral").config
+    assert family_for(config, str(path)).origin == "table.yaml"
+    monkeypatch.setattr("quantkit.discover.streamed", lambda model: 1.01 * logits_of(model))
+    for asked in (str(path), "discovered"):
+        with pytest.raises(FamilyError, match=r"one block at a time, mixtral computes other logits .*--recipe rtn-w4 --family names"):
+            family_for(config, asked)

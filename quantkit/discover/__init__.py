@@ -22,16 +22,17 @@ from quantkit import families
 from quantkit.discover import table
 from quantkit.discover.calls import watch
 from quantkit.discover.folds import Trials, norm_folds, row_folds
+from quantkit.discover.names import NAMES, by_names
 from quantkit.errors import FamilyError, QuantkitError
 from quantkit.families.family import Family, Fold, in_block
 from quantkit.model.blocks import decoder_blocks
 from quantkit.model.twin import build_twin, streamed
 from quantkit.recipe import load_family_table
-from quantkit.types import Json
+from quantkit.types import Entry, Json
 
 DISCOVERED = "discovered"
 STREAMS = 1e-4  # relative change of the twin's logits that sums in another order explain
-INSTEAD = "use a tool that loads the whole model"
+INSTEAD = f"`--recipe rtn-w4 --family {NAMES}` rounds its linears without running it; for more use a tool that loads the whole model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,19 +45,37 @@ class Discovery:
     notes: tuple[str, ...]
 
 
-def family_for(config: Json, asked: str | None) -> Family:
-    """The table that `--family` asks for: the shipped one where nothing is asked, one found on a twin, or a file's.
+def family_for(config: Json, asked: str | None, entries: Mapping[str, Entry] | None = None) -> Family:
+    """The table that `--family` asks for: the shipped one where nothing is asked, one found on a twin or read from names, or a file's.
+
+    Args:
+        entries: the checkpoint's tensors, where they are at hand; a table from names needs them.
 
     Raises:
-        FamilyError: no table is shipped; the file is none, or speaks of other model types; nothing could be found.
+        FamilyError: no table is shipped; the file is none, or speaks of other model types; nothing could be found; a model that has a
+            file's table and computes something else one block at a time.
     """
     if asked is None:
         return families.find(config)[0]
     if asked == DISCOVERED:
         return discover(config).family
+    if asked == NAMES:
+        if not entries:
+            raise FamilyError(
+                f"--family {NAMES}: rounds a checkpoint's tensors by their names and runs nothing; give quantize the model's folder"
+            )
+        return by_names(config, entries)
     if Path(asked).suffix not in (".yaml", ".yml"):
-        raise FamilyError(f"--family {asked}: give {DISCOVERED!r}, or the .yaml file of a table (`quantkit families discover` writes one)")
-    return families.from_table(load_family_table(Path(asked)), Path(asked).name)
+        raise FamilyError(
+            f"--family {asked}: give {DISCOVERED!r}, {NAMES!r}, or the .yaml file of a table (`quantkit families discover` writes one)"
+        )
+    table = families.from_table(load_family_table(Path(asked)), Path(asked).name)
+    try:
+        twin = _running_twin(config)
+    except QuantkitError:  # written by hand because no twin can be built
+        return table
+    _blocks_of(*twin)
+    return table
 
 
 @torch.no_grad()

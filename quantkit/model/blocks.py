@@ -151,8 +151,8 @@ def decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     found = found or [name for name, module in named.items() if len(module) == depth]
     if len(found) != 1:
         raise FamilyError(
-            f"config.json: quantkit does not find the decoder blocks of {type(model).__name__} (a list of {depth} layers), so it cannot "
-            "stream them; use a tool that loads the whole model"
+            f"config.json: quantkit does not find the decoder blocks of {type(model).__name__} (one list of {depth} layers), so it cannot "
+            "stream them"
         )
     return found[0], named[found[0]]
 
@@ -334,10 +334,7 @@ class Stream:
             made = block(hidden, *args, **kwargs)
         out, beside = (made[0], made[1:]) if isinstance(made, tuple) and made else (made, None)
         if not torch.is_tensor(out) or out.shape != state.hidden[batch].shape:
-            raise FamilyError(
-                f"{type(block).__name__} returns no hidden states of the shape it was given, so it cannot be streamed; use a tool that "
-                "loads the whole model"
-            )
+            raise FamilyError(f"{type(block).__name__} returns no hidden states of the shape it was given, so it cannot be streamed")
         state.ahead[batch] = beside
         return out
 
