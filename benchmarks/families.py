@@ -51,7 +51,7 @@ def measure(model_type: str, place: Path) -> dict[str, Any]:
     import torch
     import transformers
 
-    from quantkit.discover import discover
+    from quantkit.discover import as_yaml, discover
     from quantkit.evaluate.divergence import Scores, compare
     from quantkit.hf import load_model
     from quantkit.inputs import Samples, load_recipe
@@ -90,12 +90,14 @@ def measure(model_type: str, place: Path) -> dict[str, Any]:
         return change(flow.logits(state, 0, slice(None)), logits(load_model(folder, dtype=torch.float32)))
 
     def folds() -> int:
-        return len(discover(Checkpoint(folder).config).family.folds)
+        found = discover(Checkpoint(folder).config)
+        (place / "table.yaml").write_text(as_yaml(found))
+        return len(found.family.folds)
 
     def kl(method: str) -> float:
         recipe = place / f"{method}.yaml"
         recipe.write_text(RECIPE.format(method=method))
-        made = quantize(str(folder), recipe=str(recipe), output=place / method, family="discovered")
+        made = quantize(str(folder), recipe=str(recipe), output=place / method, family=str(place / "table.yaml"))
         found = float(made.scores["kl"])
         if method == "awq" and not 0 < found < WORSE * row["kl_rounded"]:
             raise Wrong(f"KL {found:.2e}, plain rounding has {row['kl_rounded']:.2e}")

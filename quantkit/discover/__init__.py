@@ -91,7 +91,7 @@ def discover(config: Json) -> Discovery:
     calls, outputs = watch(model, blocks)
     notes = list(table.obstacles(blocks, calls))
     trials = Trials(model, blocks, logits)
-    kept_linears = table.staying(config, model)
+    kept_linears = table.staying(config, model, calls)
     linears = table.linears(blocks, calls, kept_linears)
     evidence: dict[str, str] = {}
     rejected: list[str] = []

@@ -13,7 +13,7 @@ from quantkit.families import FAMILIES
 from quantkit.families.family import ENDS, IGNORE_TOWERS, TOWERS, in_block, outside_block, rename
 from quantkit.model.blocks import decoder_blocks, hollow_text_model
 from quantkit.model.experts import is_experts, is_linear, readable, unreadable
-from quantkit.model.twin import EXPERTS, published
+from quantkit.model.twin import EXPERTS, ROWS, TOKENS, published
 from quantkit.types import Json
 
 NARROW = 32  # no group of columns fits; such linears are gates
@@ -32,7 +32,7 @@ def obstacles(blocks: list[nn.Module], calls: list[list[Call]]) -> Iterator[str]
         yield f"{numbered[0]}: experts as a list of modules, outside transformers' experts interface, are kept as they are"
 
 
-def staying(config: Json, model: Any) -> dict[str, str]:
+def staying(config: Json, model: Any, calls: list[list[Call]]) -> dict[str, str]:
     """What stays in the checkpoint's precision: routers; linears narrower than any group in the published model, or read elsewhere;
     those that a shipped table keeps under the same name (low-rank side paths, which a twin cannot tell from other linears)."""
     (place, blocks), (_, full) = decoder_blocks(model), decoder_blocks(hollow_text_model(config, torch.bfloat16))
@@ -42,6 +42,10 @@ def staying(config: Json, model: Any) -> dict[str, str]:
             if is_linear(module):
                 narrow[local] = min(narrow.get(local, NARROW), module.in_features, module.out_features)
     found = dict.fromkeys(read_elsewhere(model, place), "its weight is read by other code than its own forward")
+    others = (
+        call.local for one in calls for call in one if is_linear(call.module) and call.read.numel() != ROWS * TOKENS * call.read.shape[-1]
+    )
+    found |= dict.fromkeys(others, "it is not fed one row for each token")
     for block in blocks:
         routes = any(is_experts(module) or _fused_elsewhere(module) for module in block.modules())
         for local, module in block.named_modules():

@@ -31,12 +31,12 @@ COUNTS = {  # the config's own names -> at most so much
 WIDTHS = {
     "hidden_size": 96, "intermediate_size": 112, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
     "head_dim": 32, "query_pre_attn_scalar": 32, "hidden_size_per_layer_input": 40, "laurel_rank": 20,
-    "kv_lora_rank": 44, "q_lora_rank": 56, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "qk_head_dim": 40, "v_head_dim": 36,
+    "kv_lora_rank": 44, "q_lora_rank": 56, "o_lora_rank": 52, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "qk_head_dim": 40, "v_head_dim": 36,
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 20,
 }  # fmt: skip
 PROPORTIONAL = re.compile(r"(?!.*(vocab|chunk|conv|group|ngram|kernel)).*(_size|_dim|_rank|head_?dim|d_head|d_model|lowrank|_scalar)")
 INDICES = re.compile(r".*(_layers|_layer_ids|_layer_indices)")  # lists of layers' numbers
-TOKENS = 40
+ROWS, TOKENS = 2, 40  # that it is tried on
 
 
 def small_config(config: Json, proportional: bool = False) -> Any:
@@ -233,7 +233,7 @@ def logits_of(model: Any) -> Tensor:
 def twin_tokens(model: Any) -> Tensor:
     """Two rows of random tokens; not the last one of the vocabulary, which stands for all that mean something."""
     size = min(model.config.vocab_size, COUNTS["vocab_size"]) - 1
-    return torch.randint(0, size, (2, TOKENS), generator=torch.Generator().manual_seed(1))
+    return torch.randint(0, size, (ROWS, TOKENS), generator=torch.Generator().manual_seed(1))
 
 
 def published(model: Any) -> dict[str, Tensor]:
@@ -243,11 +243,11 @@ def published(model: Any) -> dict[str, Tensor]:
     return dict(revert_weight_conversion(model, state))
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class TwinSource:
     """A twin as the checkpoint that it would be published as."""
 
-    config: Json
+    config: dict[str, Any]
     tensors: Mapping[str, Tensor]
     folder: Path = Path("twin")
 
