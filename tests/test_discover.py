@@ -1,7 +1,10 @@
 """A table that is found on a random twin says what the shipped one says; known-wrong folds are not among what it finds."""
 
 import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -301,3 +304,33 @@ def test_a_table_of_a_file_is_proven_to_stream_too(discovered, checkpoints, tmp_
     for asked in (str(path), "discovered"):
         with pytest.raises(FamilyError, match=r"one block at a time, mixtral computes other logits .*--recipe rtn-w4 --family names"):
             family_for(config, asked)
+
+
+# -- the census ----------------------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+
+
+def test_the_page_tells_the_totals_of_its_rows():
+    told = re.search(r"(\d+) model types: (\d+) stream .*?found for (\d+), (\d+) quantize and open again .*?, (\d+) are wrong", PAGE)
+    assert told is not None
+    rows = [line.split("|")[1:-1] for line in PAGE.splitlines() if re.match(r"\| [\w.-]+ \| *(\S*e[-+]\d+)? *\|", line)]
+    figures = [[cell.strip() for cell in row] for row in rows]
+    streams, folds, opens = (sum(bool(row[column]) for row in figures) for column in (1, 2, 5))
+    assert [int(number) for number in told.groups()] == [len(figures), streams, folds, opens, 0]
+    assert (streams >= 60, opens >= 50) == (True, True)
+    shipped = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3_text", "gemma3n_text", "gemma4_text"}
+    assert shipped <= {row[0] for row in figures if row[5]}
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "granitemoe"])
+def test_rows_of_the_census_come_out_again(model_type, tmp_path):
+    census = Path(__file__).parents[1] / "benchmarks" / "families.py"
+    asked = [sys.executable, str(census), "--types", model_type, "--results", str(tmp_path / "census")]
+    done = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(census.parents[1])})
+    assert done.stdout.splitlines()[0] == f"{model_type}: good", done.stdout + done.stderr[-2000:]
+    row = json.loads((tmp_path / "census" / f"{model_type}.json").read_text())
+    told = re.search(rf"^\| {model_type} \| \S+ \| (\d+) \| (\S+) \| (\S+) \|", PAGE, re.MULTILINE)
+    assert told is not None
+    assert row["folds"] == int(told[1])
+    assert [row["kl"], row["kl_rounded"]] == pytest.approx([float(told[2]), float(told[3])], rel=0.3)

@@ -31,8 +31,8 @@ COUNTS = {  # the config's own names -> at most so much
 WIDTHS = {
     "hidden_size": 96, "intermediate_size": 112, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80,
     "head_dim": 32, "query_pre_attn_scalar": 32, "hidden_size_per_layer_input": 40, "laurel_rank": 20,
-    "kv_lora_rank": 44, "q_lora_rank": 56, "o_lora_rank": 52, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "qk_head_dim": 40, "v_head_dim": 36,
-    "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 20,
+    "kv_lora_rank": 44, "q_lora_rank": 56, "o_lora_rank": 52, "qk_rope_head_dim": 16, "qk_nope_head_dim": 24, "qk_head_dim": 40,
+    "v_head_dim": 36, "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 20,
 }  # fmt: skip
 PROPORTIONAL = re.compile(r"(?!.*(vocab|chunk|conv|group|ngram|kernel)).*(_size|_dim|_rank|head_?dim|d_head|d_model|lowrank|_scalar)")
 INDICES = re.compile(r".*(_layers|_layer_ids|_layer_indices)")  # lists of layers' numbers
