@@ -121,7 +121,7 @@ def _vllm_cpu(packed: Packed, linears: Sequence[Stored]) -> Verdict:
 def _transformers(packed: Packed, linears: Sequence[Stored]) -> Verdict:
     engine = "transformers"
     schemes = {(one.bits, one.group, one.symmetric) for one in linears if one.of_expert}
-    if schemes and all(needed(str(config.get("model_type"))) for config in (packed.config, packed.text_config)):
+    if schemes and needed(str(packed.text_config.get("model_type"))):
         return Verdict(
             engine, "if", "opened by quantkit.hf.load_model; plain from_pretrained leaves the experts random with only a warning"
         )
