@@ -52,6 +52,7 @@ def measure(model_type: str, place: Path) -> dict[str, Any]:
     import transformers
 
     from quantkit.discover import as_yaml, discover
+    from quantkit.errors import FamilyError
     from quantkit.evaluate.divergence import Scores, compare
     from quantkit.hf import load_model
     from quantkit.inputs import Samples, load_recipe
@@ -65,7 +66,11 @@ def measure(model_type: str, place: Path) -> dict[str, Any]:
     folder = place / "model"
 
     def build() -> bool:
-        model, _ = build_twin(transformers.AutoConfig.for_model(model_type).to_dict(), torch.float32)
+        config = transformers.AutoConfig.for_model(model_type).to_dict()
+        try:
+            model, _ = build_twin(config, torch.float32)
+        except FamilyError:
+            model, _ = build_twin(filled(config), torch.float32)
         model.save_pretrained(folder)
         tiny.save_tokenizer(folder)
         return True
@@ -127,6 +132,15 @@ def measure(model_type: str, place: Path) -> dict[str, Any]:
             row[step] = f"{type(problem).__name__}: {' '.join(str(problem).replace(str(place), '').split())[:240]}"
             break
     return row
+
+
+def filled(config: dict[str, Any]) -> dict[str, Any]:
+    """A default config with what only published ones say."""
+    heads = config.get("num_attention_heads")
+    usual = {"head_dim": 128, "num_key_value_heads": heads, "num_experts_per_tok": 2, "n_routed_experts": 8, "n_shared_experts": 1}
+    usual |= {"n_group": 1, "topk_group": 1, "moe_topk": 2, "num_experts": 8, "moe_intermediate_size": 512}
+    left_out = {key: value for key, value in usual.items() if key in config and config[key] is None}
+    return {**config, **left_out}
 
 
 def decoded(original: Path, packed: Path, into: Path) -> Any:

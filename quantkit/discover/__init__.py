@@ -83,7 +83,7 @@ def discover(config: Json) -> Discovery:
     """A table for the architecture of a config.json; 0.1 to 5 s, whatever the model's size.
 
     Raises:
-        FamilyError: no twin can be built, or it does not stream.
+        FamilyError: no twin can be built, it does not stream, or nothing in it can be quantized.
         CheckpointError: transformers cannot read the config.
     """
     model, logits = _running_twin(config)
@@ -93,6 +93,8 @@ def discover(config: Json) -> Discovery:
     trials = Trials(model, blocks, logits)
     kept_linears = table.staying(config, model, calls)
     linears = table.linears(blocks, calls, kept_linears)
+    if not linears:
+        raise FamilyError(f"config.json: no linear of {model.config.model_type} can be quantized ({'; '.join(notes) or 'all are kept'})")
     evidence: dict[str, str] = {}
     rejected: list[str] = []
     folds: list[Fold] = []
@@ -141,7 +143,10 @@ def _blocks_of(model: Any, logits: Tensor) -> list[nn.Module]:
     place, layers = decoder_blocks(model)
     kind = model.config.model_type
     if in_block(f"{place}.0.weight") is None:
-        raise FamilyError(f"config.json: the decoder blocks of {kind} are at {place}.N, where quantkit does not look for them; {INSTEAD}")
+        raise FamilyError(
+            f"config.json: the decoder blocks of {kind} are at {place}.N, where quantkit does not look for them; use a tool that loads the "
+            "whole model"
+        )
     try:
         moved = float((streamed(model) - logits).abs().max() / logits.abs().max())
     except QuantkitError as problem:

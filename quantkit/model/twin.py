@@ -66,7 +66,7 @@ def small_config(config: Json, proportional: bool = False) -> Any:
     if not isinstance(depth, int) or depth < 1:
         raise FamilyError(f"config.json: {text.model_type} has no num_hidden_layers, so no twin can be built; write its table by hand")
     picked = _layers(fields, depth)
-    divisor = max(1, getattr(text, "hidden_size", WIDTH) // WIDTH) if proportional else 0
+    divisor = 1 << (max(1, getattr(text, "hidden_size", WIDTH) // WIDTH).bit_length() - 1) if proportional else 0  # halves stay even
     shrink = _Shrink(fields, depth, picked, divisor)
     small = {key: shrink(own_names.get(key, key), value) for key, value in named.items()}
     theirs = {ours: key for key in named if (ours := own_names.get(key, key)) != key}
