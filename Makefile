@@ -4,7 +4,7 @@ VENV := .venv
 ENGINES := .venv-engines
 LLAMA := .venv-llama
 RIVALS := .venv-rivals/ready .venv-autoround/ready
-.PHONY: demo test format engines llama memory reference rivals onnx
+.PHONY: demo test format engines llama memory scale reference rivals onnx
 
 # PyTorch by itself first: a dependency that asks for any torch would otherwise bring the largest one
 $(VENV)/ready: pyproject.toml constraints.txt
@@ -34,6 +34,12 @@ reference: $(VENV)/ready
 # Peak memory at the real width of a 26B-A4B: writes 8 GB of generated checkpoints, takes an hour on one core
 memory: $(VENV)/ready
 	OMP_NUM_THREADS=1 $(VENV)/bin/python benchmarks/memory.py
+
+# Where time goes at the real width of a 26B-A4B: writes 5 GB, then 1.5 GB more; the whole calibration set, half an hour on two cores
+scale: $(VENV)/ready
+	$(VENV)/bin/python benchmarks/scale.py
+	$(VENV)/bin/python benchmarks/scale.py --shape dense-512 --blocks 4
+	$(VENV)/bin/python benchmarks/scale.py --paper
 
 # vLLM in an environment of its own, and a table of family, engine, verdict
 $(ENGINES)/ready: benchmarks/engines/constraints.txt

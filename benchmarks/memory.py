@@ -14,10 +14,11 @@ import subprocess
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import yaml
-from wide import HIDDEN, make
+from wide import SHAPES, make
 
 from quantkit.model.memory import BESIDE_ACTIVATIONS
 from quantkit.recipe import load_recipe
@@ -28,7 +29,7 @@ GROWTH = 1.05
 def measure(folder: Path, blocks: int, recipe: Path, threads: int) -> tuple[int, int, dict]:
     """(peak bytes, bytes of the largest block, run.json) of one run."""
     model, out = folder / f"wide-{blocks}", folder / f"out-{blocks}"
-    largest = make(model, blocks)
+    largest = make(model, blocks, replace(SHAPES["26b-a4b"], vocabulary=4096))  # the limit is of blocks; a head reads its own size
     command = [sys.executable, "-m", "quantkit", "quantize", str(model), "--recipe", str(recipe), "--output", str(out)]
     began = time.perf_counter()
     process = subprocess.Popen([*command, "--threads", str(threads)], stdout=subprocess.DEVNULL)
@@ -65,7 +66,7 @@ def main() -> None:
         for blocks in arguments.blocks:
             peak, largest, report = measure(folder, blocks, recipe, arguments.threads)
             tokens = report["calibration"]["tokens"]
-            limit = times * largest + tokens * HIDDEN * 2
+            limit = times * largest + tokens * SHAPES["26b-a4b"].hidden * 2
             peaks.append(peak)
             print(
                 f"{blocks} blocks: peak {peak / 2**30:.2f} GiB = {peak / limit:.2f} of the limit ({times} x {largest / 1e9:.3f} GB + "

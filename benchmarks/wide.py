@@ -1,10 +1,15 @@
-"""A checkpoint of the 26B-A4B's real width with as many blocks as asked, written tensor by tensor: it is never whole in memory.
+"""Checkpoints of a real width with as many blocks as asked, written shard by shard: never whole in memory.
 
-    python benchmarks/wide.py FOLDER --blocks 2
+    python benchmarks/wide.py FOLDER --blocks 2 [--shape 26b-a4b|dense-512] [--vocabulary 262144]
 
-Public shape: hidden 2816, every 6th layer full attention with keys that serve as values, 128 experts of 704 with 8 at work, a shared
-MLP of 2112. Weights are seeded noise, three input channels of each matrix eight times louder; the vocabulary is the reference
-tokenizer's, so that text can be fed. With 2 blocks the last is a full-attention one, whose o_proj has the largest Gram (8192 x 8192).
+26b-a4b is the public shape of Gemma 4's: hidden 2816, every 6th layer full attention with keys that serve as values, 128 experts of 704
+with 8 at work, a shared MLP of 2112, a vocabulary of 262,144 with the head tied to it. dense-512 is a Llama of width 512. The tokenizer
+is the reference model's, whose ids are the first of the vocabulary, so that text can be fed. With 2 blocks of 26b-a4b the last is a
+full-attention one, whose o_proj has the largest Gram (8192 x 8192).
+
+Weights are seeded and structured as trained ones are: a part of low rank, noise with heavy tails, rows of unequal size, and a few
+channels of the residual stream that embeddings and projections write ten times louder. Attention is neither flat nor a single token's,
+and a router sends every expert some tokens: `python benchmarks/scale.py` prints how many.
 """
 
 import argparse
@@ -12,6 +17,7 @@ import json
 import math
 import shutil
 from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -19,13 +25,57 @@ import torch
 from quantkit.recipe import reference_model
 from quantkit.store import Piece, write_safetensors
 
-HIDDEN, EXPERTS, ACTIVE, EXPERT_WIDTH, MLP_WIDTH = 2816, 128, 8, 704, 2112
-HEADS, HEAD, KV, FULL_HEAD, FULL_KV = 16, 256, 8, 512, 2
+VOCABULARY = 262144
+RANK, LOW_RANK = 16, 0.5  # of the part of low rank: its rank, its share of a matrix's power
+TAIL = 0.1  # x + TAIL x^3 of a normal x: kurtosis 9
+LOUD, LOUDER = 5, 10.0  # channels of the residual stream, how much louder they are written
+PART = 4096  # rows of an embedding that are made at a time
 
 
-def config(blocks: int, vocabulary: int) -> dict:
-    """config.json of a text-only model of that shape; the last block is always a full-attention one."""
-    full = {i for i in range(blocks) if i % 6 == 5} | {blocks - 1}
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """The widths of a model; the default is the 26B-A4B's."""
+
+    hidden: int = 2816
+    experts: int = 128  # 0: a Llama, of `heads` heads of `head`, and an MLP of `mlp`
+    active: int = 8
+    expert: int = 704
+    mlp: int = 2112
+    heads: int = 16
+    head: int = 256
+    kv: int = 8
+    full_head: int = 512
+    full_kv: int = 2
+    every: int = 6  # so many blocks make a full-attention one
+    vocabulary: int = VOCABULARY
+
+
+SHAPES = {
+    "26b-a4b": Shape(),
+    "dense-512": Shape(hidden=512, experts=0, mlp=1408, heads=8, head=64, kv=4, vocabulary=4096),
+}
+
+
+def config(blocks: int, vocabulary: int = VOCABULARY, shape: Shape = SHAPES["26b-a4b"]) -> dict:
+    """config.json of a text-only model of a shape; of Gemma 4 the last block is always a full-attention one."""
+    if not shape.experts:
+        return {
+            "architectures": ["LlamaForCausalLM"],
+            "model_type": "llama",
+            "dtype": "bfloat16",
+            "head_dim": shape.head,
+            "hidden_act": "silu",
+            "hidden_size": shape.hidden,
+            "intermediate_size": shape.mlp,
+            "max_position_embeddings": 8192,
+            "num_attention_heads": shape.heads,
+            "num_hidden_layers": blocks,
+            "num_key_value_heads": shape.kv,
+            "rms_norm_eps": 1e-6,
+            "tie_word_embeddings": True,
+            "vocab_size": vocabulary,
+        }
+    full = {i for i in range(blocks) if i % shape.every == shape.every - 1} | {blocks - 1}
     return {
         "architectures": ["Gemma4ForCausalLM"],
         "model_type": "gemma4_text",
@@ -33,90 +83,110 @@ def config(blocks: int, vocabulary: int) -> dict:
         "attention_k_eq_v": True,
         "enable_moe_block": True,
         "final_logit_softcapping": 30.0,
-        "global_head_dim": FULL_HEAD,
-        "head_dim": HEAD,
+        "global_head_dim": shape.full_head,
+        "head_dim": shape.head,
         "hidden_activation": "gelu_pytorch_tanh",
-        "hidden_size": HIDDEN,
+        "hidden_size": shape.hidden,
         "hidden_size_per_layer_input": 0,
-        "intermediate_size": MLP_WIDTH,
+        "intermediate_size": shape.mlp,
         "layer_types": ["full_attention" if i in full else "sliding_attention" for i in range(blocks)],
         "max_position_embeddings": 8192,
-        "moe_intermediate_size": EXPERT_WIDTH,
-        "num_attention_heads": HEADS,
-        "num_experts": EXPERTS,
-        "num_global_key_value_heads": FULL_KV,
+        "moe_intermediate_size": shape.expert,
+        "num_attention_heads": shape.heads,
+        "num_experts": shape.experts,
+        "num_global_key_value_heads": shape.full_kv,
         "num_hidden_layers": blocks,
-        "num_key_value_heads": KV,
+        "num_key_value_heads": shape.kv,
         "num_kv_shared_layers": 0,
         "rms_norm_eps": 1e-6,
         "sliding_window": 1024,
         "tie_word_embeddings": True,
-        "top_k_experts": ACTIVE,
+        "top_k_experts": shape.active,
         "vocab_size": vocabulary,
     }
 
 
-def block_shapes(index: int, full: bool) -> dict[str, tuple[int, ...]]:
+def block_shapes(index: int, full: bool, shape: Shape = SHAPES["26b-a4b"]) -> dict[str, tuple[int, ...]]:
     """Tensors of one block; 1-D ones are norms and scalars."""
-    head, kv = (FULL_HEAD, FULL_KV) if full else (HEAD, KV)
+    head, kv = (shape.full_head, shape.full_kv) if full else (shape.head, shape.kv)
     shapes: dict[str, tuple[int, ...]] = {
-        "self_attn.q_proj.weight": (HEADS * head, HIDDEN),
-        "self_attn.k_proj.weight": (kv * head, HIDDEN),
-        "self_attn.o_proj.weight": (HIDDEN, HEADS * head),
-        "self_attn.q_norm.weight": (head,),
-        "self_attn.k_norm.weight": (head,),
-        "mlp.gate_proj.weight": (MLP_WIDTH, HIDDEN),
-        "mlp.up_proj.weight": (MLP_WIDTH, HIDDEN),
-        "mlp.down_proj.weight": (HIDDEN, MLP_WIDTH),
-        "experts.gate_up_proj": (EXPERTS, 2 * EXPERT_WIDTH, HIDDEN),
-        "experts.down_proj": (EXPERTS, HIDDEN, EXPERT_WIDTH),
-        "router.proj.weight": (EXPERTS, HIDDEN),
-        "router.scale": (HIDDEN,),
-        "router.per_expert_scale": (EXPERTS,),
-        "layer_scalar": (1,),
+        "self_attn.q_proj.weight": (shape.heads * head, shape.hidden),
+        "self_attn.k_proj.weight": (kv * head, shape.hidden),
+        "self_attn.o_proj.weight": (shape.hidden, shape.heads * head),
+        "mlp.gate_proj.weight": (shape.mlp, shape.hidden),
+        "mlp.up_proj.weight": (shape.mlp, shape.hidden),
+        "mlp.down_proj.weight": (shape.hidden, shape.mlp),
     }
     if not full:
-        shapes["self_attn.v_proj.weight"] = (kv * head, HIDDEN)
-    for norm in ("input", "post_attention", "pre_feedforward", "post_feedforward"):
-        shapes[f"{norm}_layernorm.weight"] = (HIDDEN,)
-    for norm in ("pre_feedforward_layernorm_2", "post_feedforward_layernorm_1", "post_feedforward_layernorm_2"):
-        shapes[f"{norm}.weight"] = (HIDDEN,)
+        shapes["self_attn.v_proj.weight"] = (kv * head, shape.hidden)
+    norms = ["input_layernorm", "post_attention_layernorm"]
+    if shape.experts:
+        shapes |= {
+            "self_attn.q_norm.weight": (head,),
+            "self_attn.k_norm.weight": (head,),
+            "experts.gate_up_proj": (shape.experts, 2 * shape.expert, shape.hidden),
+            "experts.down_proj": (shape.experts, shape.hidden, shape.expert),
+            "router.proj.weight": (shape.experts, shape.hidden),
+            "router.scale": (shape.hidden,),
+            "router.per_expert_scale": (shape.experts,),
+            "layer_scalar": (1,),
+        }
+        norms += ["pre_feedforward_layernorm", "post_feedforward_layernorm", "pre_feedforward_layernorm_2"]
+        norms += ["post_feedforward_layernorm_1", "post_feedforward_layernorm_2"]
+    shapes |= {f"{norm}.weight": (shape.hidden,) for norm in norms}
     return {f"model.layers.{index}.{name}": shape for name, shape in shapes.items()}
 
 
-def tensor(seed: int, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
-    """Seeded noise, made when it is written: norms near 1, matrices of unit gain with three loud input channels."""
-
-    def make() -> torch.Tensor:
-        generator = torch.Generator().manual_seed(seed)
-        if len(shape) == 1:
-            return (1 + 0.1 * torch.randn(shape, generator=generator)).bfloat16()
-        out = torch.empty(shape, dtype=torch.bfloat16)
-        for part in out.view(-1, *shape[-2:]):
-            noise = torch.randn(part.shape, generator=generator) / math.sqrt(shape[-1])
-            noise[:, :: shape[-1] // 3] *= 8
-            part.copy_(noise)
-        return out
-
-    return make
+def tensor(name: str, seed: int, shape: tuple[int, ...]) -> Callable[[], torch.Tensor]:
+    """A tensor's data, made when it is written; its name says which role it has."""
+    kind = vector if len(shape) == 1 else matrix
+    return lambda: kind(name, torch.Generator().manual_seed(seed), shape)
 
 
-def make(folder: Path, blocks: int) -> int:
+def vector(name: str, generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
+    """Norms, log-normal around 1; those of queries and keys so small that attention's logits are a few units wide."""
+    if name.endswith(("layer_scalar", "router.scale", "per_expert_scale")):
+        return torch.ones(shape, dtype=torch.bfloat16)
+    middle = 0.35 if name.endswith(("q_norm.weight", "k_norm.weight")) else 0.4 if ".post_" in name and "layernorm_" not in name else 1.0
+    return (middle * torch.exp(0.3 * torch.randn(shape, generator=generator))).bfloat16()
+
+
+def matrix(name: str, generator: torch.Generator, shape: tuple[int, ...]) -> torch.Tensor:
+    """Matrices of unit gain (embeddings of unit rows, routers of logits a few units wide); what writes the residual has loud channels."""
+    rows, columns = shape[-2:]
+    embeds = name.endswith("embed_tokens.weight")
+    writes = embeds or name.endswith(("o_proj.weight", "down_proj.weight", "down_proj"))
+    loud = torch.ones(columns if embeds else rows)
+    if writes:
+        loud[torch.randperm(len(loud), generator=torch.Generator().manual_seed(0))[:LOUD]] = LOUDER  # the same in every block
+    shared = torch.randn(RANK, columns, generator=generator) * math.sqrt(LOW_RANK / RANK)
+    gain = (1.5 if "router" in name else 1.0 / math.sqrt(columns)) / math.sqrt(1 + 6 * TAIL + 15 * TAIL**2)
+    out = torch.empty(shape, dtype=torch.bfloat16)
+    for part in out.view(-1, rows, columns) if len(shape) == 3 else out.split(PART):
+        made = torch.randn(part.shape, generator=generator)
+        made.addcmul_(made.square(), made, value=TAIL).mul_(math.sqrt(1 - LOW_RANK))
+        made.addmm_(torch.randn(len(part), RANK, generator=generator), shared)
+        size = torch.exp(0.3 * torch.randn(len(part), 1, generator=generator)) * gain
+        part.copy_(made.mul_(size).mul_(loud if embeds else loud[:, None]) if writes else made.mul_(size))
+    return out
+
+
+def make(folder: Path, blocks: int, shape: Shape = SHAPES["26b-a4b"]) -> int:
     """Write the checkpoint, a shard a block; returns the bytes of its largest block."""
     folder.mkdir(parents=True, exist_ok=True)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         shutil.copyfile(reference_model() / name, folder / name)
-    vocabulary = 4096
-    about = config(blocks, vocabulary)
+    about = config(blocks, shape.vocabulary, shape)
     (folder / "config.json").write_text(json.dumps(about, indent=1) + "\n")
+    layer_types = about.get("layer_types", [""] * blocks)
     weight_map: dict[str, str] = {}
     largest = seed = 0
-    ends = {"model.embed_tokens.weight": (vocabulary, HIDDEN), "model.norm.weight": (HIDDEN,)}
+    ends = {"model.embed_tokens.weight": (shape.vocabulary, shape.hidden), "model.norm.weight": (shape.hidden,)}
     for index in range(-1, blocks):
-        shapes = ends if index < 0 else block_shapes(index, about["layer_types"][index] == "full_attention")
+        shapes = ends if index < 0 else block_shapes(index, layer_types[index] == "full_attention", shape)
         pieces = []
-        for name, shape in shapes.items():
-            pieces.append(Piece(name, torch.bfloat16, shape, tensor(seed, shape)))
+        for name, of in shapes.items():
+            pieces.append(Piece(name, torch.bfloat16, of, tensor(name, seed, of)))
             seed += 1
         shard = f"model-{index + 2:05d}-of-{blocks + 1:05d}.safetensors"
         write_safetensors(folder / shard, pieces, {"format": "pt"})
@@ -130,5 +200,10 @@ if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path)
     parser.add_argument("--blocks", type=int, default=2)
+    parser.add_argument("--shape", choices=SHAPES, default="26b-a4b")
+    parser.add_argument("--vocabulary", type=int)
     arguments = parser.parse_args()
-    print(f"largest block: {make(arguments.folder, arguments.blocks):,} bytes")
+    shape = SHAPES[arguments.shape]
+    if arguments.vocabulary:
+        shape = replace(shape, vocabulary=arguments.vocabulary)
+    print(f"{asdict(shape)}\nlargest block: {make(arguments.folder, arguments.blocks, shape):,} bytes")

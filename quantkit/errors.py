@@ -6,11 +6,14 @@ QuantkitError            exit 1, one line: what, where, what to do
 ├── FamilyError          an architecture or a tensor that no family table knows
 ├── RecipeError          the recipe: unknown key, impossible group, nothing left to quantize
 ├── CalibrationError     the calibration set: empty, unreadable, or an expert or linear that it never reached
+├── RankError            ranks that do not meet, a rank that is gone, a device that is not there
 ├── StoreError           the output folder holds another run, or this run's blocks are damaged
 ├── WriteError           an artefact cannot be written as asked for
 ├── EvaluationError      artefact and baseline cannot be compared: another tokenizer, an empty suite, an engine that is missing or errs
 └── PublishError         a card, a report page or an upload cannot be made of this folder
 """
+
+GONE = "another rank of this run is gone; the same command goes on where it stopped"
 
 
 class QuantkitError(Exception):
@@ -37,6 +40,10 @@ class RecipeError(QuantkitError):
 
 class CalibrationError(QuantkitError):
     """The calibration set cannot be used."""
+
+
+class RankError(QuantkitError):
+    """The processes of a run cannot work together, or one cannot have its device."""
 
 
 class StoreError(QuantkitError):

@@ -11,6 +11,7 @@ verdict    <- artefact, original, suite, gate      `evaluate`: what ships, opene
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,11 @@ from quantkit.model.adapter import Adapted
 from quantkit.model.blocks import Skeleton, Stream, published_entries
 from quantkit.model.checkpoint import TensorSource, read_json
 from quantkit.model.hub import card_of, find_folder, is_folder, remote_headers
-from quantkit.model.memory import Memory, give_back_memory, left_for_activations
+from quantkit.model.memory import Memory, give_back_memory, left_for_activations, left_on_device
 from quantkit.plan import make_plan
 from quantkit.publish.card import write_card
 from quantkit.publish.manifest import listed, write_manifest
+from quantkit.ranks import Ranks
 from quantkit.recipe import Recipe
 from quantkit.report import Clock, Listener, silent
 from quantkit.run import Rounding, Run
@@ -216,9 +218,10 @@ def quantize(
     family: str | None = None,
     fresh: bool = False,
     max_memory: int | None = None,
+    device: str = "auto",
     tell: Listener = silent,
 ) -> Result:
-    """Quantize a checkpoint and write it in the recipe's formats.
+    """Quantize a checkpoint and write it in the recipe's formats; one rank of several where torchrun started them.
 
     Args:
         model: a folder or a Hub id; None is the embedded reference model.
@@ -234,7 +237,11 @@ def quantize(
             "names" reads a table from tensor names and runs nothing: plain rounding, unproven and unscored, of what cannot be streamed.
         fresh: delete what an earlier run left in `output` and start anew.
         max_memory: bytes; activations that do not fit beside a block lie in mapped files in `output`, with the same result.
+        device: where blocks are run and solved: "auto" (CUDA where there is one), "cpu" or "cuda".
         tell: is told of each phase.
+
+    Returns:
+        What the run left; on a rank that is not the first, which writes, the held-out scores alone.
 
     Raises:
         QuantkitError: one line that says what is wrong, where, and what to do; nothing half-written looks whole.
@@ -243,8 +250,8 @@ def quantize(
     checkpoint = open_checkpoint(model, adapter)
     name = name_of(model)
     out = Path(output) if output is not None else Path(f"{name}-{chosen.name}")
-    with held(out):
-        return _quantized(chosen, checkpoint, model, name, out, adapter, family, fresh, max_memory, Clock(tell))
+    with Ranks.join(device) as ranks, held(out) if ranks.first else nullcontext():
+        return _quantized(chosen, checkpoint, model, name, out, adapter, family, fresh, max_memory, ranks, Clock(tell))
 
 
 def _quantized(
@@ -257,11 +264,12 @@ def _quantized(
     family: str | None,
     fresh: bool,
     max_memory: int | None,
+    ranks: Ranks,
     clock: Clock,
 ) -> Result:
     """The main job, in a folder that no other run writes to."""
     with clock.phase("reading headers"):
-        hashes = input_hashes(checkpoint, chosen, adapter)
+        hashes = ranks.agreed(input_hashes(checkpoint, chosen, adapter) if ranks.first_here else None)
         table = family_for(checkpoint.config, family, checkpoint.entries)
         runs = table.origin != NAMES  # a table read from names serves where no model can be built
         if not runs and chosen.method != "rtn":
@@ -277,22 +285,24 @@ def _quantized(
         sizing = [
             [writer_of(wanted, chosen, one, name, checkpoint.config, checkpoint.folder) for wanted in chosen.formats] for one in offered
         ]
-        if not chosen.has_target:
+        if ranks.first and not chosen.has_target:
             check_room(out, sum(writer.bytes for writer in sizing[0]) + solved_bytes(plan))
         clock.blocks = len(plan.blocks)
     with clock.phase("tokenizing"):
         samples = Samples.read(chosen, checkpoint, calibrated=chosen.method != "rtn", scored=runs)
         plan = replace(plan, fingerprint=f"{plan.fingerprint} {samples.about['digest']}")  # solved blocks are those of these very tokens
         clock.tokens = samples.tokens
-    if fresh:
+    if fresh and ranks.first:
         clear(out, OURS)
     told_by = {"model": name, "recipe": chosen.name, "calibration": chosen.calibration.mix, "adapter": adapter}
     if chosen.has_target:
         told_by["target"] = f"{chosen.target_size or chosen.target_bits} in {chosen.formats[0]}"
-    store = Store(out / SOLVED, plan, told_by)
+    store = Store(out / SOLVED, plan, told_by) if ranks.first else None
     with clock.phase("building the skeleton"):
-        memory = Memory(left_for_activations(plan, max_memory, chosen.method != "rtn" and chosen.search.stages), out)
-        skeleton = Skeleton(checkpoint, plan.dtype, memory) if runs else None
+        staged = chosen.method != "rtn" and chosen.search.stages
+        there = left_on_device(plan, ranks.device, staged)
+        memory = Memory(left_for_activations(plan, max_memory, staged), out if ranks.first else None, there)
+        skeleton = Skeleton(checkpoint, plan.dtype, memory, ranks.device) if runs else None
     target: Json | None = None
     if chosen.has_target and skeleton is not None:  # a target is never plain rounding's
         first, fingerprint = chosen.formats[0], plan.fingerprint
@@ -304,24 +314,27 @@ def _quantized(
         def size_of(plan: Plan) -> int:
             return writer_of(first, chosen, plan, name, checkpoint.config, checkpoint.folder).bytes
 
-        plan, target = pick(chosen, plan, remade, size_of, skeleton, samples.calibration, store.folder / "target.json", clock)
+        notes = store.folder / "target.json" if store is not None else None
+        plan, target = pick(chosen, plan, remade, size_of, skeleton, samples.calibration, notes, clock)
     writers: dict[str, Writer] = {
         wanted: writer_of(wanted, chosen, plan, name, checkpoint.config, checkpoint.folder, checkpoint, store, out)
-        for wanted in chosen.formats
+        for wanted in (chosen.formats if ranks.first else ())
     }
     with clock.phase("building the skeleton"):
         run: Run | Rounding = Rounding(plan, checkpoint, store, clock)
         if skeleton is not None:
-            run = Run.start(chosen, plan, skeleton, store, clock, samples.calibration, samples.heldout, samples.reserve)
+            run = Run.start(chosen, plan, skeleton, store, ranks, clock, samples.calibration, samples.heldout, samples.reserve)
     reports = []
     for block_plan in plan.blocks:
-        with clock.block(counts=block_plan.index not in store):
+        with clock.block(counts=block_plan.index not in run.known):
             reports.append(run.block(block_plan))
         with clock.phase("writing", block_plan.index):
             for writer in writers.values():
                 writer.write_ready()
     with clock.phase("scoring held-out samples", len(plan.blocks)):
         scores = run.score()
+    if not ranks.first:
+        return Result(out, {}, {}, {"heldout": scores})
     with clock.phase("writing", len(plan.blocks)):
         for writer in writers.values():
             writer.write_ready()
@@ -348,10 +361,13 @@ def _quantized(
         "summary": report.summary(reports, chosen.search.expert_floor),
         "adapter": asdict(checkpoint.adapter) if isinstance(checkpoint, Adapted) else None,
         "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
+        "seconds_by_block": [{name: round(spent, 3) for name, spent in clock.by_block.get(b.index, {}).items()} for b in plan.blocks],
         "memory": clock.memory,
         "peak_memory": report.peak_memory(),
         "spilled": memory.spilled,
         "threads": torch.get_num_threads(),
+        "ranks": ranks.size,
+        "device": ranks.device.type,
         "versions": report.versions(),
         "inputs": hashes,
         "samples": samples.manifest,

@@ -49,6 +49,7 @@ class Clock:
     tokens: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     memory: dict[str, int] = field(default_factory=dict)  # the peak so far at each phase's end, bytes
+    by_block: dict[int, dict[str, float]] = field(default_factory=dict)  # seconds again, of the phases that are a block's
     _block_seconds: list[float] = field(default_factory=list)
 
     @contextmanager
@@ -61,7 +62,11 @@ class Clock:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+            seconds = time.perf_counter() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + seconds
+            if block is not None:
+                own = self.by_block.setdefault(block, {})
+                own[name] = own.get(name, 0.0) + seconds
             self.memory[name] = peak_memory()
 
     @contextmanager

@@ -6,8 +6,9 @@ calibrated    calibration samples through the solved blocks                what 
 reference     calibration samples through the checkpoint's own blocks      what the next block ought to be fed (recipes with stages)
 """
 
-from collections.abc import Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,21 +16,23 @@ from torch import Tensor, nn
 from quantkit import report
 from quantkit.calibrate.collect import Reserve, added, unfed
 from quantkit.calibrate.coverage import cells_of, top_up, watch_routing
+from quantkit.calibrate.kept import Kept
 from quantkit.calibrate.observe import observe, sensitivity
 from quantkit.errors import CalibrationError, CheckpointError
-from quantkit.evaluate.divergence import Scores, compare
+from quantkit.evaluate.divergence import Score, Scores, compare
 from quantkit.grid.decoded import decoded
 from quantkit.model.blocks import Skeleton, State, Stream
 from quantkit.model.checkpoint import TensorSource
 from quantkit.model.experts import replace_weight, weight_of
 from quantkit.model.memory import give_back_memory
 from quantkit.model.proof import PROVEN, fold_change
+from quantkit.ranks import Ranks
 from quantkit.recipe import Recipe
 from quantkit.report import Clock
 from quantkit.solve.block import solve_linears
 from quantkit.solve.folds import Folding, choose_folds
 from quantkit.solve.pooling import Pooled
-from quantkit.store import Store
+from quantkit.store import Store, fold_report, put_together, taken_apart
 from quantkit.types import Batch, BlockPlan, BlockStatistics, Effort, InputStats, Json, Linear, Plan, Solved, SolvedBlock
 
 LOGIT_POSITIONS = 64  # positions whose logits are in memory at a time: a vocabulary of 262,144 takes 1 MiB each
@@ -42,8 +45,12 @@ class Run:
     recipe: Recipe
     plan: Plan
     skeleton: Skeleton
-    store: Store
+    store: Store | None  # the first rank's
+    ranks: Ranks
     clock: Clock
+    known: Container[int]  # blocks that an earlier process solved
+    batches: int  # of the calibration set, all ranks'
+    spares: int  # of the reserve
     calibration: Stream
     calibrated: State
     reference: State | None
@@ -61,26 +68,46 @@ class Run:
         recipe: Recipe,
         plan: Plan,
         skeleton: Skeleton,
-        store: Store,
+        store: Store | None,
+        ranks: Ranks,
         clock: Clock,
         calibration: Sequence[Batch],
         heldout: Sequence[Batch],
         reserve: Sequence[Batch] = (),
     ) -> "Run":
-        """All streams in front of block 0.
+        """All streams in front of block 0, each with this rank's share of the batches.
 
         Raises:
             CheckpointError: embeddings that are not finite.
         """
-        streams = Stream(skeleton, calibration), Stream(skeleton, heldout)
+        known = set(ranks.told([block.index for block in plan.blocks if store is not None and block.index in store])[0])
+        streams = Stream(skeleton, ranks.share(calibration)), Stream(skeleton, ranks.share(heldout))
         first, original = streams[0].start(), streams[1].start()
         for state in (first, original):
             state.check("the embeddings")
         staged = recipe.method != "rtn" and recipe.search.stages
         reference = first.fork() if staged else None
-        spare = Reserve.start(skeleton, reserve)
-        states = (streams[0], first, reference, streams[1], original, original.fork())
-        return cls(recipe, plan, skeleton, store, clock, *states, spare, spare.fork(), cells_of([*calibration, *reserve]))
+        spare = Reserve.start(skeleton, ranks.share(reserve))
+        return cls(
+            recipe,
+            plan,
+            skeleton,
+            store,
+            ranks,
+            clock,
+            known,
+            batches=len(calibration),
+            spares=len(reserve),
+            calibration=streams[0],
+            calibrated=first,
+            reference=reference,
+            heldout=streams[1],
+            original=original,
+            quantized=original.fork(),
+            reserve=spare,
+            reserve_reference=spare.fork(),
+            cells=cells_of([*calibration, *reserve]),
+        )
 
     def block(self, plan: BlockPlan) -> Json:
         """One block: held-out samples through the original, statistics, solution, and the streams through what was solved."""
@@ -88,7 +115,7 @@ class Run:
         with self.skeleton.block(index) as block:
             with self.clock.phase("running held-out samples", index):
                 self.heldout.advance(block, self.original)
-            if index in self.store:
+            if index in self.known:
                 if behind_original:
                     self.calibration.advance(block, self.calibrated)
                 if self.reference is not None:
@@ -96,7 +123,7 @@ class Run:
                         self.calibration.advance(block, self.reference)
                     self._draw(block, routing)
                     self.reserve_reference.advance(block)
-                solved = self.store.get(plan)
+                solved = self._recalled(plan)
             else:
                 solved = self._solve(plan, block, behind_original)
             _install(plan, block, solved)
@@ -117,7 +144,7 @@ class Run:
 
     def _solve(self, plan: BlockPlan, block: nn.Module, behind_original: bool) -> SolvedBlock:
         """Observe, solve and store the open block; where later blocks shall see the original, the observing pass moves the stream."""
-        weights, kept = block_weights(plan, block, self.skeleton.checkpoint, self.plan.dtype)
+        weights, kept = block_weights(plan, block, self.skeleton, self.plan.dtype)
         if self.reference is not None:
             solved = self._in_stages(plan, block, weights, kept)
         else:
@@ -130,64 +157,92 @@ class Run:
             with self.clock.phase("solving", plan.index):
                 effort = effort_of(self.recipe)
                 inputs = Pooled(stats, effort.expert_floor)
-                folding = choose_folds(plan, weights, kept, inputs, {}, self.plan.norm_offset, effort)
+                folding = self._folding(plan, weights, kept, inputs, {})
             folding, proof = self._proven(plan, block, state, folding)
             with self.clock.phase("solving", plan.index):
                 linears = [linear for linear in plan.linears if linear.scheme]
-                done = solve_linears(linears, weights, folding, inputs, effort, stats)
+                done = self._gathered(plan, linears, solve_linears(linears, weights, folding, inputs, effort, stats, self.ranks.turns()))
                 solved = SolvedBlock(plan.index, done, folding.folded, tuple(folding.reports), proof)
         give_back_memory()
         with self.clock.phase("storing", plan.index):
-            self.store.put(solved)
+            if self.store is not None:
+                self.store.put(solved)
         return solved
 
     def _observe(self, block: nn.Module, wanted: Iterable[str], move: bool) -> dict[str, InputStats]:
         grams = self.recipe.search.compensate or self.recipe.search.folds
         held = self.recipe.search.hold_out and self.recipe.search.compensate
-        return observe(self.calibration, block, self.calibrated, set(wanted), move=move, grams=grams, held=held)
+        return self._seen(block, self.calibrated, set(wanted), move=move, grams=grams, held=held)
+
+    def _seen(self, block: nn.Module, state: State, wanted: Container[str], **options: Any) -> dict[str, InputStats]:
+        """Statistics of the calibration set, all ranks' batches."""
+        swap = self.ranks.swap()
+        rounds = -(-self.batches // self.ranks.size)
+        return swap.gathered(observe(self.calibration, block, state, wanted, swap=swap, rounds=rounds, **options))
+
+    def _spare(
+        self,
+        drawn: int,
+        hungry: Container[str],
+        block: nn.Module,
+        reserve: Reserve,
+        wanted: Container[str],
+        beside: tuple[nn.Module, Reserve] | None = None,
+        **options: Any,
+    ) -> Iterator[dict[str, InputStats]]:
+        """Statistics of each batch of the reserve that was drawn, in their order, of the experts in need alone."""
+        for number in range(drawn):
+            more: dict[str, InputStats] = {}
+            if self.ranks.has(number):
+                own = number // self.ranks.size
+                other = None if beside is None else (beside[0], beside[1].states[own])
+                more = _only(observe(reserve.streams[own], block, reserve.states[own], wanted, beside=other, **options), hungry)
+            yield self.ranks.union(more)
 
     def _in_stages(self, plan: BlockPlan, block: nn.Module, weights: Mapping[str, Tensor], kept: Mapping[str, Tensor]) -> SolvedBlock:
         """Folds from the original's inputs; then stage by stage, on inputs that carry all rounding so far, beside the original's."""
         assert self.reference is not None
         search, effort = self.recipe.search, effort_of(self.recipe)
         wanted = _quantized(plan)
+        of_original = Kept(self.skeleton.memory)
         with self.clock.phase("observing", plan.index):
             with watch_routing(block, self.calibration.batches, self.cells) as routing:
-                fed = observe(self.calibration, block, self.reference, set(wanted), grams=False)
+                fed = self._seen(block, self.reference, set(wanted), grams=False, kept=of_original)
             drawn, hungry = self._draw(block, routing)
-            for number in range(drawn):
-                more = observe(self.reserve.streams[number], block, self.reserve_reference.states[number], set(wanted), grams=False)
-                fed = added(fed, _only(more, hungry))
+            for more in self._spare(drawn, hungry, block, self.reserve_reference, set(wanted), grams=False):
+                fed = added(fed, more)
             _check_stats(plan, block, fed)
             matter = {}
             if search.folds and search.sensitivity:
-                matter = sensitivity(self.calibration, block, self.reference, wanted)
+                middle = self.batches // 2  # they lie from long to short rows
+                if self.ranks.has(middle):
+                    matter = sensitivity(self.calibration, block, self.reference, wanted, middle // self.ranks.size)
+                matter = self.ranks.gathered(matter)
         with self.clock.phase("solving", plan.index):
-            folding = choose_folds(plan, weights, kept, Pooled(fed, effort.expert_floor), matter, self.plan.norm_offset, effort)
+            folding = self._folding(plan, weights, kept, Pooled(fed, effort.expert_floor), matter)
         folding, proof = self._proven(plan, block, self.reference, folding)
-        twin = self.skeleton.twin(block)
+        twin, of_twin = self.skeleton.twin(block), Kept(self.skeleton.memory, like=of_original)
         solved: dict[str, Solved] = {}
-        pairs = search.retarget > 0
+        pairs, turns = search.retarget > 0, self.ranks.turns()
+        residual = plan.residual if search.residual and pairs else None
         for number, stage in enumerate(plan.stages):
             last = number == len(plan.stages) - 1
             with self.clock.phase("observing", plan.index):
-                stats = observe(
-                    self.calibration,
+                beside = (block, self.reference) if pairs else None
+                stats = self._seen(
                     twin,
                     self.calibrated,
                     set(stage),
                     held=search.hold_out,
-                    beside=(block, self.reference) if pairs else None,
-                    residual=plan.residual if search.residual and pairs else None,
+                    beside=beside,
+                    residual=residual,
                     move=last and pairs,
+                    kept=of_twin,
+                    kept_beside=of_original,
                 )
-                for number in range(drawn):
-                    spare = self.reserve.streams[number]
-                    original = self.reserve_reference.states[number]
-                    beside = (block, original) if pairs else None
-                    residual = plan.residual if search.residual and pairs else None
-                    more = observe(spare, twin, self.reserve.states[number], set(stage), beside=beside, residual=residual)
-                    stats = added(stats, _only(more, hungry))
+                spare = (block, self.reserve_reference) if pairs else None
+                for more in self._spare(drawn, hungry, twin, self.reserve, set(stage), spare, residual=residual):
+                    stats = added(stats, more)
                 if last:
                     self.reserve_reference.advance(block)
                 if last and not pairs:
@@ -195,7 +250,8 @@ class Run:
                 _check_numbers(plan, stats)
             with self.clock.phase("solving", plan.index):
                 linears = [linear for linear in plan.linears if linear.local in stage]
-                solved |= solve_linears(linears, weights, folding, Pooled(stats, effort.expert_floor), effort, stats)
+                done = solve_linears(linears, weights, folding, Pooled(stats, effort.expert_floor), effort, stats, turns)
+                solved |= self._gathered(plan, linears, done)
                 if not last:
                     for local in stage:
                         replace_weight(twin, local, folding.undo(local, decoded(solved[local].codes)))
@@ -208,40 +264,89 @@ class Run:
         if not folding.columns:
             return folding, None
         with self.clock.phase("proving folds", plan.index):
-            change = fold_change(self.calibration, block, state, folding.columns, folding.rows, folding.folded)
+            last, change = self.batches - 1, None  # the shortest rows
+            if self.ranks.has(last):
+                its = last // self.ranks.size
+                change = fold_change(self.calibration, block, state, folding.columns, folding.rows, folding.folded, its)
+            change = self.ranks.told(change)[last % self.ranks.size]
         return (folding, change) if change <= PROVEN else (Folding(), change)
 
     def _draw(self, block: nn.Module, routing: Mapping[str, Tensor]) -> tuple[int, set[str]]:
-        """How many batches of the reserve this block's experts need, and which of them are in need."""
+        """How many batches of the reserve the block's experts need, and which of them are in need. `routing` becomes all ranks'."""
+        for local in sorted(routing):
+            self.ranks.add(routing[local])
         natural, floor = {local: counts.sum(0) for local, counts in routing.items()}, self.recipe.calibration.expert_tokens
         drawn = 0
 
         def more() -> Mapping[str, Tensor] | None:
             nonlocal drawn
-            if drawn == len(self.reserve.streams):
+            if drawn == self.spares:
                 return None
-            stream, drawn = self.reserve.streams[drawn], drawn + 1
-            with watch_routing(block, stream.batches, self.cells) as counts:
-                stream.run(block, self.reserve_reference.states[drawn - 1], 0)
-            return {local: table.sum(0) for local, table in counts.items()}
+            own = drawn // self.ranks.size if self.ranks.has(drawn) else None
+            drawn += 1
+            batches = [] if own is None else self.reserve.streams[own].batches
+            with watch_routing(block, batches, self.cells) as counts:
+                if own is not None:
+                    self.reserve.streams[own].run(block, self.reserve_reference.states[own], 0)
+            return {local: self.ranks.add(counts[local].sum(0)) for local in sorted(counts)}
 
         topped_up = top_up(natural, floor, more)
         self.coverage.append(BlockStatistics({}, {}, dict(routing), topped_up))
         return drawn, unfed(natural, floor)
 
+    def _folding(
+        self,
+        plan: BlockPlan,
+        weights: Mapping[str, Tensor],
+        kept: Mapping[str, Tensor],
+        inputs: Pooled,
+        matter: Mapping[str, Tensor],
+    ) -> Folding:
+        """Every fold's scale, each chosen by one rank."""
+        mine = replace(plan, folds=tuple(self.ranks.share(plan.folds)))
+        found = choose_folds(mine, weights, kept, inputs, matter, self.plan.norm_offset, effort_of(self.recipe))
+        if self.ranks.size == 1:
+            return found
+        parts = {"columns": found.columns, "rows": found.rows, "folded": found.folded}
+        named = self.ranks.gathered({f"{part}/{name}": tensor for part, tensors in parts.items() for name, tensor in tensors.items()})
+        every = {part: {key.partition("/")[2]: tensor for key, tensor in named.items() if key.startswith(f"{part}/")} for part in parts}
+        reports = [fold_report(about) for told in self.ranks.told([asdict(report) for report in found.reports]) for about in told]
+        order = [fold.producer for fold in plan.folds]
+        return Folding(**every, reports=sorted(reports, key=lambda report: order.index(report.producer)))
+
+    def _gathered(self, plan: BlockPlan, linears: Sequence[Linear], solved: Mapping[str, Solved]) -> dict[str, Solved]:
+        """Some linears of a block, each solved by one rank."""
+        if self.ranks.size == 1:
+            return dict(solved)
+        tensors, about = taken_apart(SolvedBlock(plan.index, solved, {}, ()))
+        about["linears"] = {local: numbers for told in self.ranks.told(about["linears"]) for local, numbers in told.items()}
+        whole = put_together(replace(plan, linears=tuple(linears)), self.ranks.gathered(tensors), about)
+        return dict(whole.linears)
+
+    def _recalled(self, plan: BlockPlan) -> SolvedBlock:
+        """A block that an earlier process solved, from the first rank's folder."""
+        tensors, about = ({}, {}) if self.store is None else taken_apart(self.store.get(plan))
+        return put_together(plan, self.ranks.gathered(tensors), self.ranks.told(about)[0])
+
     def score(self) -> Json:
         """The held-out samples' logits behind original and quantized blocks, compared token by token."""
-        scores = Scores()
+        scores: list[list[Any]] = []  # row by row, so that sums over them do not depend on who had which
         for number, batch in enumerate(self.heldout.batches):
+            of_rows = [Score() for _ in batch.labels]
             last = batch.ids.shape[1] - 1
             for start in range(0, last, LOGIT_POSITIONS):
                 part = slice(start, min(start + LOGIT_POSITIONS, last))
                 following = slice(part.start + 1, part.stop + 1)
                 base = self.heldout.logits(self.original, number, part)
                 ours = self.heldout.logits(self.quantized, number, part)
-                for row, labels in enumerate(batch.labels):
-                    scores.add(compare(base[row], ours[row], batch.ids[row, following], batch.real[row, following]), labels)
-        return scores.as_json()
+                for row, score in enumerate(of_rows):
+                    score.add(compare(base[row], ours[row], batch.ids[row, following], batch.real[row, following]))
+            scores.append([[asdict(score), dict(labels)] for score, labels in zip(of_rows, batch.labels, strict=True)])
+        total, told = Scores(), self.ranks.told(scores)
+        for number in range(sum(map(len, told))):
+            for score, labels in told[number % self.ranks.size][number // self.ranks.size]:
+                total.add(Score(**score), labels)
+        return total.as_json()
 
 
 @dataclass(slots=True)
@@ -250,12 +355,18 @@ class Rounding:
 
     plan: Plan
     checkpoint: TensorSource
-    store: Store
+    store: Store | None  # the first rank's: the others have nothing to do
     clock: Clock
     coverage: Sequence[BlockStatistics] = ()
 
+    @property
+    def known(self) -> Container[int]:
+        return [block.index for block in self.plan.blocks if self.store is not None and block.index in self.store]
+
     def block(self, plan: BlockPlan) -> Json:
         """One block, each linear by itself."""
+        if self.store is None:
+            return {}
         if plan.index not in self.store:
             with self.clock.phase("solving", plan.index):
                 linears = [linear for linear in plan.linears if linear.scheme]
@@ -299,23 +410,21 @@ def _quantized(plan: BlockPlan) -> list[str]:
     return [linear.local for linear in plan.linears if linear.scheme]
 
 
-def block_weights(
-    plan: BlockPlan, block: nn.Module, checkpoint: TensorSource, dtype: torch.dtype
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def block_weights(plan: BlockPlan, block: nn.Module, skeleton: Skeleton, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Views of every linear to be solved, and the block's other tensors, by local name, as the model computes with them.
 
     Raises:
         CheckpointError: a weight that is not finite.
     """
-    weights = {}
+    weights, checkpoint, device = {}, skeleton.checkpoint, skeleton.device
     for linear in plan.linears:
         if linear.scheme is None:
             continue
         weight = weight_of(block, linear.local)
         # published leftovers that the model does not read (keys and values of layers that borrow them) have no module
-        weights[linear.local] = checkpoint.view(linear.source.tensor).to(dtype) if weight is None else weight
+        weights[linear.local] = checkpoint.view(linear.source.tensor).to(device, dtype) if weight is None else weight
         check_weight(linear, weights[linear.local])
-    return weights, {local: checkpoint.view(name).to(dtype) for local, name in plan.kept.items()}
+    return weights, {local: checkpoint.view(name).to(device, dtype) for local, name in plan.kept.items()}
 
 
 def check_weight(linear: Linear, weight: Tensor) -> None:

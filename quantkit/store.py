@@ -22,7 +22,7 @@ import re
 import shutil
 import socket
 import struct
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -276,23 +276,8 @@ class Store:
 
     def put(self, solved: SolvedBlock) -> None:
         """One solved block, whole or not at all."""
-        pieces = []
-        for local, linear in solved.linears.items():
-            codes = linear.codes
-            if isinstance(codes, Blocks):
-                parts: dict[str, Tensor | None] = {"rows": codes.rows}
-            else:
-                parts = {"packed": codes.packed, "scale": codes.scale, "zero": codes.zero}
-            pieces += [_piece(f"{local}/{part}", tensor) for part, tensor in parts.items() if tensor is not None]
-        pieces += [_piece(f"folded/{name}", tensor) for name, tensor in solved.folded.items()]
-        about = {
-            "linears": {
-                name: {"rounded": one.error_rounded, "error": one.error, "tokens": one.tokens, "fell_back": one.fell_back}
-                for name, one in solved.linears.items()
-            },
-            "folds": [asdict(fold) for fold in solved.folds],
-            "proof": solved.proof,
-        }
+        tensors, about = taken_apart(solved)
+        pieces = [_piece(name, tensor.cpu()) for name, tensor in tensors.items()]
         self._open = None
         self._whole.discard(solved.index)
         write_safetensors(self._path(solved.index), pieces, _sealed(pieces, {"solved": json.dumps(about)}))
@@ -303,12 +288,7 @@ class Store:
 
     def codes(self, index: int, linear: Linear) -> Codes | Blocks:
         """What a block's file holds of one linear that has a scheme."""
-        scheme, local, columns = linear.scheme, linear.local, linear.shape[1]
-        assert scheme is not None
-        if scheme.grid != "integer":
-            return Blocks(self.read(index, f"{local}/rows"), scheme, columns)
-        zero = None if scheme.symmetric else self.read(index, f"{local}/zero")
-        return Codes(self.read(index, f"{local}/packed"), self.read(index, f"{local}/scale"), zero, scheme, columns)
+        return _codes(linear, lambda part: self.read(index, f"{linear.local}/{part}"))
 
     def folded(self, index: int) -> set[str]:
         """Local names of the kept tensors that folds changed in a block."""
@@ -333,21 +313,62 @@ class Store:
         """
         try:
             about = json.loads(self._file(plan.index).metadata()["solved"])
-            linears = {}
-            for linear in plan.linears:
-                if linear.scheme is None:
-                    continue
-                local, numbers = linear.local, about["linears"][linear.local]
-                codes = self.codes(plan.index, linear)
-                linears[local] = Solved(codes, numbers["rounded"], numbers["error"], numbers["tokens"], numbers["fell_back"])
-            folded = {name: self.read(plan.index, f"folded/{name}") for name in sorted(self.folded(plan.index))}
-            folds = tuple(
-                FoldReport(f["producer"], tuple(f["exponents"]) if f["exponents"] else None, tuple(f["scale_range"]), f["loss_ratio"])
-                for f in about["folds"]
-            )
+            keys = sorted(self._file(plan.index).keys())
+            return put_together(plan, {key: self.read(plan.index, key) for key in keys}, about)
         except (SafetensorError, KeyError, ValueError, TypeError) as problem:
             raise StoreError(f"{self._path(plan.index)}: damaged ({problem}); delete this file and run again") from None
-        return SolvedBlock(plan.index, linears, folded, folds, about["proof"])
+
+
+def taken_apart(solved: SolvedBlock) -> tuple[dict[str, Tensor], Json]:
+    """A solved block, or some of its linears, as named tensors and JSON."""
+    tensors: dict[str, Tensor] = {}
+    for local, linear in solved.linears.items():
+        codes = linear.codes
+        if isinstance(codes, Blocks):
+            parts: dict[str, Tensor | None] = {"rows": codes.rows}
+        else:
+            parts = {"packed": codes.packed, "scale": codes.scale, "zero": codes.zero}
+        tensors |= {f"{local}/{part}": tensor for part, tensor in parts.items() if tensor is not None}
+    tensors |= {f"folded/{name}": tensor for name, tensor in solved.folded.items()}
+    about = {
+        "linears": {
+            name: {"rounded": one.error_rounded, "error": one.error, "tokens": one.tokens, "fell_back": one.fell_back}
+            for name, one in solved.linears.items()
+        },
+        "folds": [asdict(fold) for fold in solved.folds],
+        "proof": solved.proof,
+    }
+    return tensors, about
+
+
+def put_together(plan: BlockPlan, tensors: Mapping[str, Tensor], about: Json) -> SolvedBlock:
+    """The inverse, in the plan's order; `tensors` holds all that were taken apart.
+
+    Raises:
+        KeyError, TypeError: something is not there.
+    """
+    linears = {}
+    for linear in plan.linears:
+        if linear.scheme is not None:
+            numbers = about["linears"][linear.local]
+            codes = _codes(linear, lambda part, local=linear.local: tensors[f"{local}/{part}"])  # type: ignore[misc]
+            linears[linear.local] = Solved(codes, numbers["rounded"], numbers["error"], numbers["tokens"], numbers["fell_back"])
+    folded = {name.removeprefix("folded/"): tensors[name] for name in sorted(tensors) if name.startswith("folded/")}
+    return SolvedBlock(plan.index, linears, folded, tuple(map(fold_report, about["folds"])), about["proof"])
+
+
+def fold_report(about: Json) -> FoldReport:
+    """A fold's report of its JSON."""
+    exponents = tuple(about["exponents"]) if about["exponents"] else None
+    return FoldReport(about["producer"], exponents, tuple(about["scale_range"]), about["loss_ratio"])
+
+
+def _codes(linear: Linear, read: Callable[[str], Tensor]) -> Codes | Blocks:
+    scheme, columns = linear.scheme, linear.shape[1]
+    assert scheme is not None
+    if scheme.grid != "integer":
+        return Blocks(read("rows"), scheme, columns)
+    return Codes(read("packed"), read("scale"), None if scheme.symmetric else read("zero"), scheme, columns)
 
 
 def _piece(name: str, tensor: Tensor) -> Piece:

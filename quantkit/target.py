@@ -163,7 +163,7 @@ def pick(
     size_of: Callable[[Plan], int],
     skeleton: Skeleton,
     batches: Sequence[Batch],
-    notes: Path,
+    notes: Path | None,
     clock: Clock,
 ) -> tuple[Plan, Json]:
     """The best schemes within the recipe's target.
@@ -172,7 +172,7 @@ def pick(
         plan: made without a choice.
         remade: schemes by (block, linear) -> the plan with them.
         size_of: exact bytes of the weight files under a plan.
-        notes: where the losses are kept, so that a run that goes on need not measure them again.
+        notes: where the losses are kept, so that a run that goes on need not measure them again; None keeps nothing.
 
     Returns:
         the plan, and set by set of linears what each scheme costs, in bytes and in the block's output.
@@ -231,11 +231,11 @@ def pick(
 
 
 def _losses(
-    recipe: Recipe, plan: Plan, sets: Sequence[Tie], skeleton: Skeleton, batches: Sequence[Batch], notes: Path, clock: Clock
+    recipe: Recipe, plan: Plan, sets: Sequence[Tie], skeleton: Skeleton, batches: Sequence[Batch], notes: Path | None, clock: Clock
 ) -> list[list[float]]:
     """Of every set, by choice: the relative square change of a block's output, as measured, or as an earlier process of this run did."""
     names = [[tie.linears[0][1].name, *map(str, tie.schemes)] for tie in sets]
-    if notes.is_file():
+    if notes is not None and notes.is_file():
         try:
             held = json.loads(notes.read_text(encoding="utf-8"))
             if held["fingerprint"] == plan.fingerprint and held["names"] == names:
@@ -254,6 +254,8 @@ def _losses(
         stream.close()
         state.check(f"block {index}")
         give_back_memory()
+    if notes is None:
+        return losses
     with replacing(notes) as temporary:
         temporary.write_text(json.dumps({"fingerprint": plan.fingerprint, "names": names, "losses": losses}) + "\n", encoding="utf-8")
     return losses
@@ -267,7 +269,7 @@ def _of_block(
     own = {number: _sampled(tie, block_plan.index) for number, tie in enumerate(sets)}
     own = {number: linears for number, linears in own.items() if linears}
     linears = [linear for some in own.values() for linear in some]
-    weights, kept = block_weights(block_plan, block, stream.skeleton.checkpoint, plan.dtype)
+    weights, kept = block_weights(block_plan, block, stream.skeleton, plan.dtype)
     effort = effort_of(recipe)
     inputs = Pooled(observe(stream, block, state, {linear.local for linear in linears}, grams=False), effort.expert_floor)
     within = replace(

@@ -136,11 +136,17 @@ class Batch:
     real: Bool[Tensor, "rows tokens"]
     labels: tuple[Mapping[str, str], ...] = ()  # a row's sample id, language and domain
     prompt: Bool[Tensor, "rows tokens"] | None = None  # tokens that are read and not counted, where the recipe ignores prompts
+    row: int = 0  # rows of the set that come before
 
     @property
     def counted(self) -> Bool[Tensor, "rows tokens"]:
         """The tokens that statistics are taken over."""
         return self.real if self.prompt is None else self.real & ~self.prompt
+
+    def to(self, device: torch.device) -> "Batch":
+        """The same rows on another device."""
+        prompt = None if self.prompt is None else self.prompt.to(device)
+        return Batch(self.ids.to(device), self.real.to(device), self.labels, prompt, self.row)
 
 
 @dataclass(frozen=True, slots=True)

@@ -18,7 +18,7 @@ FLOORS = (
     {"target"},
     {"run", "formats", "inputs"},
     {"plan", "discover", "calibrate", "solve", "write", "evaluate", "publish"},  # stages: strangers to one another
-    {"recipe", "families", "model", "grid", "store", "report", "hf"},  # shelves: strangers to one another too
+    {"recipe", "families", "model", "grid", "store", "report", "hf", "ranks"},  # shelves: strangers to one another too
     {"types", "errors", "suites"},  # nouns
 )
 SHELVES = FLOORS[-2]

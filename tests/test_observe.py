@@ -76,7 +76,8 @@ def test_experts_are_paired_by_the_originals_routing_and_weighted_by_its_square(
 
 def test_a_twentieth_of_the_rows_is_held_back(root):  # noqa: F811
     generator = torch.Generator().manual_seed(0)
-    work = [Batch(ids, torch.ones_like(ids, dtype=torch.bool)) for ids in torch.randint(20, 300, (45, 12), generator=generator).split(7)]
+    rows = torch.randint(20, 300, (45, 12), generator=generator).split(7)
+    work = [Batch(ids, torch.ones_like(ids, dtype=torch.bool), row=7 * number) for number, ids in enumerate(rows)]
     stream, state = opened("llama", root, work)
     with stream.skeleton.block(0) as block:
         stats = observe(stream, block, state, {"mlp.down_proj"}, held=True)["mlp.down_proj"]
@@ -107,7 +108,7 @@ def test_rows_that_go_straight_to_the_output_matter_alike_and_dead_ends_not_at_a
     stream, state = opened("llama", root)
     with stream.skeleton.block(0) as block:
         block.mlp.down_proj.weight.data[:, :16] = 0  # nothing reads the first rows of gate and up
-        matter = sensitivity(stream, block, state, ["mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"])
+        matter = sensitivity(stream, block, state, ["mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"], 0)
     assert set(matter) == {"mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"}
     assert torch.allclose(matter["mlp.down_proj"], matter["mlp.down_proj"].mean().expand(len(matter["mlp.down_proj"])), rtol=1e-4)
     assert (matter["mlp.up_proj"][:16] == 0).all()
@@ -122,11 +123,11 @@ def test_a_fold_is_proven_and_a_wrong_one_is_caught(name, root):  # noqa: F811
         if not width:
             return
         scale = torch.exp2(torch.randn(width, generator=torch.Generator().manual_seed(0)))
-        right = proof.fold_change(stream, block, state, {"mlp.down_proj": scale}, {"mlp.up_proj": scale}, {})
-        wrong = proof.fold_change(stream, block, state, {"mlp.down_proj": scale}, {}, {})
+        right = proof.fold_change(stream, block, state, {"mlp.down_proj": scale}, {"mlp.up_proj": scale}, {}, 0)
+        wrong = proof.fold_change(stream, block, state, {"mlp.down_proj": scale}, {}, {}, 0)
         gain = block.input_layernorm.weight.data
         norm = {"input_layernorm.weight": gain * torch.exp2(torch.randn(len(gain), generator=torch.Generator().manual_seed(1)))}
-        moved = proof.fold_change(stream, block, state, {}, {}, norm)
+        moved = proof.fold_change(stream, block, state, {}, {}, norm, 0)
         assert all(module.forward.__func__ is torch.nn.Linear.forward for module in block.modules() if type(module) is torch.nn.Linear)
     assert right < proof.PROVEN / 10
     assert wrong > 10 * proof.PROVEN

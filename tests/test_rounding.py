@@ -7,7 +7,7 @@ from torch import Tensor
 from quantkit.grid.integer import decode, from_codes, on_grid
 from quantkit.solve import ranges
 from quantkit.solve.rounding import Rounded, compensated, descend, factor
-from quantkit.solve.targets import Target, loss
+from quantkit.solve.targets import Target, lacking, loss
 from quantkit.types import InputStats, Scheme
 
 W4, W3, ASYM, SIGNED = Scheme(4, 32, True), Scheme(3, 32, True), Scheme(4, 32, False), Scheme(4, 32, True, signed=True)
@@ -143,17 +143,18 @@ def sums(x: Tensor, d: Tensor, e: Tensor | None) -> InputStats:
     return InputStats(len(x), x.abs().sum(0), x.square().sum(0), x.T @ x, d.T @ x, None if e is None else e.T @ x)
 
 
+@pytest.mark.parametrize("rows_in_all", [24, 64])  # fewer than columns: each weight by itself; more: one shift for all
 @pytest.mark.parametrize("residual", [True, False])
-def test_a_target_is_the_least_squares_answer(residual):
+def test_a_target_is_the_least_squares_answer(residual, rows_in_all):
     x, weight = inputs(tokens=4000, columns=32), randn(24, 32)
     d, e = 0.2 * x @ randn(32, 32, seed=8) / 6 + 0.01 * randn(4000, 32, seed=9), randn(4000, 24, seed=10) + x[:, :24]
     wanted = (x + d) @ weight.T + (e if residual else 0)
     best = torch.linalg.lstsq(x.double(), wanted.double()).solution.T.float()
-    target = Target(sums(x, d, e if residual else None), 1.0, 1e-9)
+    target = Target(sums(x, d, e if residual else None), 1.0, 1e-9, rows_in_all)
     assert torch.allclose(target.of(weight), best, atol=1e-3)
     rows = torch.tensor([3, 20])
     assert torch.allclose(target.of(weight[rows], rows), best[rows], atol=1e-3)
-    untouched = Target(sums(x, d, e), 0.0, 1e-9)
+    untouched = Target(sums(x, d, e), 0.0, 1e-9, rows_in_all)
     assert torch.equal(untouched.of(weight), weight)
 
 
@@ -168,7 +169,8 @@ def test_the_loss_is_that_of_the_tokens():
         return float((wanted - x @ rounded.T).square().sum())
 
     one, other = weight + 0.1 * randn(24, 32, seed=1), weight + 0.2 * randn(24, 32, seed=2)
-    by_sums = loss(weight, one, stats, stats.drift, stats.residual) - loss(weight, other, stats, stats.drift, stats.residual)
+    lacks = lacking(weight, stats.drift, stats.residual)
+    by_sums = loss(weight, one, stats, lacks) - loss(weight, other, stats, lacks)
     assert by_sums == pytest.approx(distance(one) - distance(other), rel=1e-3)
 
 

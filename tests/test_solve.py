@@ -806,3 +806,18 @@ def test_shapes_are_checked():
     with pytest.raises(jaxtyping.TypeCheckError):
         awq.Consumer(torch.ones(4, 32), torch.ones(31), W4, torch.bfloat16)
     assert storable(torch.ones(3), torch.bfloat16).shape == (3,)
+
+
+def test_scales_that_are_searched_side_by_side_are_those_of_each_by_itself():
+    consumers = [consumer(randn(24, 64, seed=seed) * torch.linspace(0.2, 3, 64), randn(64, seed=50 + seed).square()) for seed in range(5)]
+    consumers[2] = replace(consumers[2], importance=torch.zeros_like(consumers[2].importance))  # an expert that nothing reaches
+    means = [randn(64, seed=90 + seed).abs() for seed in range(5)]
+    means[3] = torch.zeros(64)
+    together = awq.choose_alike([f"up.{n}" for n in range(5)], consumers, means, 8, lambda scale: scale)
+    for number, choice in enumerate(together):
+        alone = awq.choose_scale(f"up.{number}", [consumers[number]], means[number], 64, 0, 8, lambda scale: scale)
+        assert torch.equal(choice.scale, alone.scale)
+        assert choice.report.exponents == alone.report.exponents
+        assert choice.report.loss_ratio == pytest.approx(alone.report.loss_ratio)
+    assert any(choice.report.exponents for choice in together)
+    assert together[3].report.exponents is None

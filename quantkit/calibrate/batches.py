@@ -67,7 +67,7 @@ def _batched(rows: Sequence[Row], batch_tokens: int, ignore_prompts: bool) -> li
             real[number, : len(row.ids)] = True
             if prompt is not None:
                 prompt[number, : len(row.ids)] = torch.tensor([speaker in PROMPT for speaker in row.speakers])
-        batches.append(Batch(ids, real, tuple(row.labels for row in group), prompt))
+        batches.append(Batch(ids, real, tuple(row.labels for row in group), prompt, start))
         start += len(group)
     return batches
 

@@ -99,14 +99,15 @@ def _plus(one: Any, other: Any) -> Any:
 class _Sums:
     width: int
     has_gram: bool
+    device: torch.device
     tokens: int = 0
     abs: Tensor = field(init=False)
     square: Tensor = field(init=False)
     gram: Tensor | None = field(init=False)
 
     def __post_init__(self) -> None:
-        self.abs, self.square = torch.zeros(self.width), torch.zeros(self.width)
-        self.gram = torch.zeros(self.width, self.width) if self.has_gram else None
+        self.abs, self.square = torch.zeros(self.width, device=self.device), torch.zeros(self.width, device=self.device)
+        self.gram = torch.zeros(self.width, self.width, device=self.device) if self.has_gram else None
 
     def add(self, x: Tensor) -> None:
         x = x.float()
@@ -144,7 +145,7 @@ class _Watch:
                 return
             self.last = args[0], local
             x = args[0].reshape(-1, args[0].shape[-1])
-            self.sums.setdefault(local, _Sums(x.shape[-1], self.grams)).add(x[self.counted])
+            self.sums.setdefault(local, _Sums(x.shape[-1], self.grams, x.device)).add(x[self.counted])
 
         return hook
 
@@ -157,8 +158,8 @@ class _Watch:
     def experts(self, local: str, count: int, hidden: int, width: int) -> None:
         """Places for all experts, for some may see no token. Grams of their gate and up would be the size of the model."""
         for expert in range(count):
-            self.sums[f"{local}.{expert}.gate_proj"] = _Sums(hidden, False)
-            self.sums[f"{local}.{expert}.down_proj"] = _Sums(width, self.grams)
+            self.sums[f"{local}.{expert}.gate_proj"] = _Sums(hidden, False, self.counted.device)
+            self.sums[f"{local}.{expert}.down_proj"] = _Sums(width, self.grams, self.counted.device)
             self.same[f"{local}.{expert}.up_proj"] = f"{local}.{expert}.gate_proj"
 
 

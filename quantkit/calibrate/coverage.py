@@ -44,8 +44,9 @@ def watch_routing(
             seen += 1
             chosen = (args[1] if len(args) > 1 else kwargs["top_k_index"]).reshape(batch.ids.numel(), -1)
             rows = torch.tensor([cells.index((one["language"], one["domain"])) for one in batch.labels])
-            cell = rows.repeat_interleave(batch.ids.shape[1])[batch.counted.reshape(-1), None]
-            place = cell * experts + chosen[batch.counted.reshape(-1)].cpu()
+            counted = batch.counted.reshape(-1).cpu()
+            cell = rows.repeat_interleave(batch.ids.shape[1])[counted, None]
+            place = cell * experts + chosen.cpu()[counted]
             counts[local] += torch.bincount(place.reshape(-1), minlength=len(cells) * experts).reshape(len(cells), experts)
 
         return count

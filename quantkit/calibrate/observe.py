@@ -4,7 +4,7 @@ Beside the block as it is quantized the original may run on its own stream, toke
 inputs have drifted by. Experts are paired by the original's routing.
 """
 
-from collections.abc import Callable, Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,22 +13,46 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from quantkit.calibrate.kept import Kept
 from quantkit.model.blocks import State, Stream
 from quantkit.model.experts import is_experts
 from quantkit.types import Batch, InputStats
 
 HELD = 20  # every twentieth row is held back, for judging
+WIDE, STRIPS = 1024, 4  # a Gram of this width is symmetric: only its upper strips are summed, 5/8 of the products
+
+
+# Some tokens' inputs of one linear: (its local name, whether its rows are held back, whether it has a Gram, "x" and what stands beside it)
+Part = tuple[str, bool, bool, Mapping[str, Tensor]]
+Swap = Callable[[Sequence[Part]], Iterable[Part]]
+
+
+def _alone(parts: Sequence[Part]) -> Sequence[Part]:
+    return parts
 
 
 class _Enough(Exception):
     """Leaves a block's forward once everything that is wanted has been seen."""
 
 
+def _add_product(total: Float[Tensor, "a b"], left: Float[Tensor, "tokens a"], right: Float[Tensor, "tokens b"]) -> None:
+    """total += left^T right. On a GPU by tf32 products, summed in fp32: bf16 activations lose nothing by it (docs/scale.md)."""
+    if not total.is_cuda:
+        total.addmm_(left.T, right)
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high")
+    try:
+        total.addmm_(left.T, right)
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 class _Sums:
-    def __init__(self, width: int, gram: bool):
+    def __init__(self, width: int, gram: bool, device: torch.device):
         self.tokens = 0
-        self.abs, self.square = torch.zeros(width), torch.zeros(width)
-        self.gram = torch.zeros(width, width) if gram else None
+        self.abs, self.square = torch.zeros(width, device=device), torch.zeros(width, device=device)
+        self.gram = torch.zeros(width, width, device=device) if gram else None
         self.drift: Tensor | None = None
         self.residual: Tensor | None = None
 
@@ -40,16 +64,26 @@ class _Sums:
         self.square += (x * weighted).sum(0)
         if self.gram is None:
             return
-        self.gram.addmm_(x.T, weighted)  # in place: there is never a second Gram
+        for strip in _strips(self.gram):
+            _add_product(self.gram[strip, strip.start :], x[:, strip], weighted[:, strip.start :])  # in place: never a second Gram
         if original is not None:
             self.drift = torch.zeros_like(self.gram) if self.drift is None else self.drift
-            self.drift.addmm_((original.float() - x).T, weighted)
+            _add_product(self.drift, original.float() - x, weighted)
         if lacking is not None:
-            self.residual = torch.zeros(lacking.shape[-1], x.shape[-1]) if self.residual is None else self.residual
-            self.residual.addmm_(lacking.float().T, weighted)
+            self.residual = x.new_zeros(lacking.shape[-1], x.shape[-1]) if self.residual is None else self.residual
+            _add_product(self.residual, lacking.float(), weighted)
 
     def frozen(self, held: "InputStats | None" = None) -> InputStats:
+        for strip in _strips(self.gram) if self.gram is not None else ():
+            self.gram[strip, : strip.start] = self.gram[: strip.start, strip].T  # type: ignore[index]
         return InputStats(self.tokens, self.abs, self.square, self.gram, self.drift, self.residual, held)
+
+
+def _strips(gram: Float[Tensor, "in in"]) -> list[slice]:
+    """Rows of a symmetric sum that are summed together, from the diagonal on."""
+    width = len(gram)
+    step = -(-width // STRIPS) if width >= WIDE else width
+    return [slice(start, min(start + step, width)) for start in range(0, width, step)]
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +94,29 @@ class _Seen:
     x: Float[Tensor, "rows in"]
     token: Int[Tensor, " rows"] | None = None
     weight: Float[Tensor, " rows"] | None = None  # squared routing weight
-    gram: bool = True
+    experts: tuple[Int[Tensor, "rows slots"], Float[Tensor, "rows slots"]] | None = None  # chosen ones, their squared weights
+
+
+def _add_routed(
+    sums: dict[tuple[str, bool], _Sums],
+    local: str,
+    hold: bool,
+    count: int,
+    x: Float[Tensor, "rows in"],
+    index: Int[Tensor, "rows slots"],
+    squared: Float[Tensor, "rows slots"],
+) -> None:
+    """What each expert's gate and up are fed, diagonals only: tokens are many, so two products in place of a gather for each expert."""
+    x = x.float()
+    routed = x.new_zeros(len(x), count)
+    there, weight = routed.scatter(1, index, 1.0), routed.scatter(1, index, squared)
+    tokens, mean, square = there.sum(0).long().tolist(), there.T @ x.abs(), weight.T @ x.square()
+    for expert in range(count):
+        if tokens[expert]:
+            part = sums.setdefault((local.replace("*", str(expert)), hold), _Sums(x.shape[-1], False, x.device))
+            part.tokens += tokens[expert]
+            part.abs += mean[expert]
+            part.square += square[expert]
 
 
 @dataclass(slots=True)
@@ -83,6 +139,10 @@ def observe(
     held: bool = False,
     beside: tuple[nn.Module, State] | None = None,
     residual: Mapping[str, str] | None = None,
+    kept: Kept | None = None,
+    kept_beside: Kept | None = None,
+    swap: Swap = _alone,
+    rounds: int | None = None,
 ) -> dict[str, InputStats]:
     """Statistics of linears and experts of the open block, by local name, padding (and prompts, where the recipe ignores them) left out.
 
@@ -97,46 +157,59 @@ def observe(
         held: keep every twentieth row apart, as `InputStats.held`.
         beside: the original block and its state: sums of the drift, too; with `move` it is this state that moves.
         residual: linear -> the norm that reads the residual stream where the linear adds to it: sums of what the stream lacks there.
+        kept, kept_beside: of the block and of the one beside it, what earlier calls left of runs that need not be computed again.
+        swap: called once a batch with what it showed; returns what is to be summed here (with several ranks: what all of them saw of
+            the linears that are this rank's to sum). Then the other linears' statistics are of no meaning.
+        rounds: how often to call it, where others have more batches than this rank; None: once a batch.
     """
-    tap, other = _Tap(block, wanted, residual or {}), None
+    tap, other = _Tap(block, wanted, residual or {}, kept), None
     if beside is not None:
-        other = _Tap(beside[0], wanted, residual or {})
-    sums: dict[tuple[str, bool], _Sums] = {(local, False): _Sums(width, gram and grams) for local, width, gram in tap.experts()}
-    rows = 0
+        other = _Tap(beside[0], wanted, residual or {}, kept_beside)
+    sums: dict[tuple[str, bool], _Sums] = {
+        (local, False): _Sums(width, gram and grams, stream.device) for local, width, gram in tap.experts()
+    }
     with tap.attached(), other.attached() if other is not None else _nothing():
-        for number, batch in enumerate(stream.batches):
-            pair = None
+        for number in range(len(stream.batches) if rounds is None else rounds):
+            if number >= len(stream.batches):
+                _add(sums, swap([]), tap.counts)
+                continue
+            batch, pair = stream.batches[number], None
             if other is not None and beside is not None:
                 pair, out = other.run(stream, beside[1], number, whole=move)
                 if move:
                     assert out is not None
                     beside[1].pass_on(number, out)
-            run, out = tap.run(stream, state, number, whole=move and other is None, routing=pair.routing if pair else None)
+            whole = (move and other is None) or (kept is not None and kept.finds)
+            run, out = tap.run(stream, state, number, whole=whole, routing=pair.routing if pair else None)
             if move and other is None:
                 assert out is not None
                 state.pass_on(number, out)
-            _add(sums, run, pair, batch, rows if held else None, residual or {}, grams)
-            rows += len(batch.ids)
+            _add(sums, swap(list(_parts(run, pair, batch, held, residual or {}, grams))), tap.counts)
+    for one in (kept, kept_beside):
+        if one is not None:
+            one.finds = False
     stats = {
         local: one.frozen(sums[local, True].frozen() if (local, True) in sums else None) for (local, back), one in sums.items() if not back
     }
     return stats | {local: stats[first] for local, first in tap.same.items() if first in stats}
 
 
-def _add(
-    sums: dict[tuple[str, bool], _Sums],
-    run: _Run,
-    pair: _Run | None,
-    batch: Batch,
-    rows: int | None,
-    residual: Mapping[str, str],
-    grams: bool,
-) -> None:
-    """One batch's inputs into the sums; `rows`: how many rows came before, where some are held back."""
+def _add(sums: dict[tuple[str, bool], _Sums], parts: Iterable[Part], experts: Mapping[str, int]) -> None:
+    """`experts`: how many there are behind the name of all of them."""
+    for local, hold, gram, seen in parts:
+        x = seen["x"]
+        if "index" in seen:
+            _add_routed(sums, local, hold, experts[local], x, seen["index"], seen["squared"])
+        total = sums.setdefault((local, hold), _Sums(x.shape[-1], gram, x.device))
+        total.add(x, seen.get("weight"), seen.get("original"), seen.get("lacking"))
+
+
+def _parts(run: _Run, pair: _Run | None, batch: Batch, held: bool, residual: Mapping[str, str], grams: bool) -> Iterator[Part]:
+    """One batch's inputs, linear by linear; `held`: some of its rows are held back."""
     real = batch.counted.reshape(-1)
     back = torch.zeros_like(batch.real)
-    if rows is not None:
-        back[(torch.arange(len(back)) + rows) % HELD == HELD - 1] = True
+    if held:
+        back[(torch.arange(len(back), device=back.device) + batch.row) % HELD == HELD - 1] = True
     back = back.reshape(-1)
     for number, seen in enumerate(run.seen):
         original = pair.seen[number].x if pair is not None else None
@@ -148,13 +221,10 @@ def _add(
             chosen = of_token if seen.token is None else of_token[seen.token]
             if hold and not bool(chosen.any()):
                 continue
-            part = sums.setdefault((seen.local, hold), _Sums(seen.x.shape[-1], seen.gram and grams))
-            part.add(
-                seen.x[chosen],
-                None if seen.weight is None else seen.weight[chosen],
-                None if original is None else original[chosen],
-                None if lacking is None else lacking[chosen],
-            )
+            index, squared = seen.experts or (None, None)
+            beside = {"weight": seen.weight, "original": original, "lacking": lacking, "index": index, "squared": squared}
+            shown = {"x": seen.x[chosen], **{name: tensor[chosen] for name, tensor in beside.items() if tensor is not None}}
+            yield seen.local, hold, grams, shown
 
 
 @contextmanager
@@ -165,8 +235,8 @@ def _nothing() -> Iterator[None]:
 class _Tap:
     """Hooks on a block that record its linears' inputs, run by run."""
 
-    def __init__(self, block: nn.Module, wanted: Container[str] | None, residual: Mapping[str, str]):
-        self.block = block
+    def __init__(self, block: nn.Module, wanted: Container[str] | None, residual: Mapping[str, str], kept: Kept | None):
+        self.block, self._wanted, self._kept = block, wanted or (), kept
         self.same: dict[str, str] = {}
         self._linears = {n: m for n, m in block.named_modules() if isinstance(m, nn.Linear) and (wanted is None or n in wanted)}
         self._norms = {norm for local, norm in residual.items() if local in self._linears}
@@ -182,8 +252,10 @@ class _Tap:
         self._left: set[str] = set()
         self._last: tuple[Tensor | None, str] = (None, "")
         self._of_router: tuple[Tensor, Tensor] | None = None
+        self.counts: dict[str, int] = {}
         for name, (module, inputs, _) in self._experts.items():
             if inputs:
+                self.counts[f"{name}.*.gate_proj"] = len(module.down_proj)  # type: ignore[arg-type]
                 for expert in range(len(module.down_proj)):  # type: ignore[arg-type]
                     self.same[f"{name}.{expert}.up_proj"] = f"{name}.{expert}.gate_proj"
                 self.same[f"{name}.*.up_proj"] = f"{name}.*.gate_proj"
@@ -210,7 +282,8 @@ class _Tap:
         for name, (module, _, _) in self._experts.items():
             module.routing = routing.get(name) if routing else None  # type: ignore[assignment]
         try:
-            return self._run, stream.run(self.block, state, batch)
+            with self._kept.over(self.block, batch, self._wanted) if self._kept else _nothing():
+                return self._run, stream.run(self.block, state, batch)
         except _Enough:
             return self._run, None
 
@@ -244,6 +317,8 @@ class _Tap:
             else:
                 self._last = (args[0], local)
                 self._run.seen.append(_Seen(local, args[0].reshape(-1, args[0].shape[-1])))
+                if self._kept:
+                    self._kept.put(local, args[0])
             self._saw(local)
 
         return hook
@@ -263,11 +338,8 @@ class _Tap:
             self._run.routing[name] = index, weights
             if inputs:
                 squared = weights.float().square()
-                everyone = torch.arange(len(hidden))
-                self._run.seen.append(_Seen(f"{name}.*.gate_proj", hidden, everyone, squared.sum(-1)))
-                for expert in index.unique().tolist():
-                    token, slot = torch.where(index == expert)
-                    self._run.seen.append(_Seen(f"{name}.{expert}.gate_proj", hidden[token], token, squared[token, slot], gram=False))
+                everyone = torch.arange(len(hidden), device=hidden.device)
+                self._run.seen.append(_Seen(f"{name}.*.gate_proj", hidden, everyone, squared.sum(-1), (index, squared)))
                 self._saw(f"{name} in")
 
         return hook
@@ -282,13 +354,14 @@ class _Tap:
         return watch
 
 
-def sensitivity(stream: Stream, block: nn.Module, state: State, wanted: Iterable[str], seed: int = 0) -> dict[str, Float[Tensor, " out"]]:
-    """How much each output row of some linears moves the block's output: mean square, by one random probe through one batch.
+def sensitivity(
+    stream: Stream, block: nn.Module, state: State, wanted: Iterable[str], batch: int, seed: int = 0
+) -> dict[str, Float[Tensor, " out"]]:
+    """How much each output row of some linears moves the block's output: mean square, by one random probe through one batch of the stream.
 
     The gradient of z . block(h) for random signs z has, in each linear's output, the expected square of the Jacobian's column
     (Hutchinson's estimator). Relative to the mean over all rows of all linears, so that only proportions count.
     """
-    batch = len(stream.batches) // 2  # batches lie from long to short rows
     linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
     outputs: list[tuple[str, Tensor, Bool[Tensor, " rows"]]] = []
     real = stream.batches[batch].counted.reshape(-1)
@@ -308,7 +381,7 @@ def sensitivity(stream: Stream, block: nn.Module, state: State, wanted: Iterable
     try:
         with torch.enable_grad():
             out = stream.run(block, state.fork(), batch, grad=True)
-            signs = torch.randint(0, 2, out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype) * 2 - 1
+            signs = torch.randint(0, 2, out.shape, generator=torch.Generator().manual_seed(seed)).to(out) * 2 - 1
             gradients = torch.autograd.grad((out * signs).sum(), [one for _, one, _ in outputs], allow_unused=True)
     finally:
         for handle in handles:

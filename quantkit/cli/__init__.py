@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from quantkit import __version__
-from quantkit.cli.common import ADAPTER, JSON, one_line_errors, progress, quiet
+from quantkit.cli.common import ADAPTER, JSON, first, one_line_errors, progress, quiet
 from quantkit.cli.families import families
 from quantkit.cli.release import COMMANDS
 from quantkit.errors import QuantkitError
@@ -47,6 +47,9 @@ def _bytes(context: click.Context, option: click.Parameter, value: str | None) -
 MAX_MEMORY = click.option(
     "--max-memory", metavar="SIZE", callback=_bytes, help="Activations beyond it lie in mapped files, with the same result: 8GiB."
 )
+DEVICE = click.option(
+    "--device", default="auto", show_default=True, help="Where blocks are run and solved: auto (CUDA if there is one), cpu, cuda."
+)
 TARGET_SIZE = click.option(
     "--target-size", metavar="SIZE", callback=_bytes, help="Of the weight files, 14GB: each linear's scheme is picked by what it costs."
 )
@@ -78,6 +81,7 @@ def main() -> None:
 @TARGET_BITS
 @FAMILY
 @MAX_MEMORY
+@DEVICE
 @click.option("--threads", type=click.IntRange(1), help="Threads of the matrix library. One is best on cores that others use too.")
 @click.option("--fresh", is_flag=True, help="Delete what an earlier run left in the folder and start anew.")
 @click.option("--dry-run", is_flag=True, help="Print the plan and the exact bytes, read no weight. The same as `quantkit plan`.")
@@ -93,12 +97,16 @@ def quantize(
     target_bits: float | None,
     family: str | None,
     max_memory: int | None,
+    device: str,
     threads: int | None,
     fresh: bool,
     dry_run: bool,
     as_json: bool,
 ) -> None:
-    """Quantize MODEL, a folder or a Hub id (owner/name); left out: the embedded reference model."""
+    """Quantize MODEL, a folder or a Hub id (owner/name); left out: the embedded reference model.
+
+    Several ranks share the work: torchrun --nproc-per-node N -m quantkit quantize ...
+    """
     with one_line_errors():
         if dry_run:
             if calibration:
@@ -127,9 +135,11 @@ def quantize(
                 family=family,
                 fresh=fresh,
                 max_memory=max_memory,
+                device=device,
                 tell=tell,
             )
-        click.echo(_as_json(result) if as_json else _describe(result))
+        if first():
+            click.echo(_as_json(result) if as_json else _describe(result))
 
 
 @main.command()

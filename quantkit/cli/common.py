@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from quantkit.errors import QuantkitError
+from quantkit.errors import GONE, QuantkitError, RankError
 
 if TYPE_CHECKING:
     from quantkit.report import Event, Listener
@@ -26,7 +26,7 @@ def progress() -> "Iterator[Listener]":
     """A rich line on stderr while it is a terminal; nothing where it is not."""
     from quantkit.report import silent
 
-    if not sys.stderr.isatty():
+    if not sys.stderr.isatty() or not first():
         yield silent
         return
     from rich.console import Console
@@ -51,10 +51,11 @@ def one_line_errors(interrupted: str = "the same command goes on where it stoppe
     """Around a command: an error of ours, or of the system, ends it in one line."""
     line = f"quantkit: interrupted; {interrupted}"
     try:
-        with _ends_soon(line):
+        with _ends_soon(line), _ends_with_the_others():
             yield
     except QuantkitError as error:
-        click.echo(f"quantkit: {' '.join(str(error).split())}", err=True)
+        if not _told_already():
+            click.echo(f"quantkit: {' '.join(str(error).split())}", err=True)
         sys.exit(error.exit_code)
     except BrokenPipeError:  # `quantkit plan | head`
         raise
@@ -64,6 +65,36 @@ def one_line_errors(interrupted: str = "the same command goes on where it stoppe
     except KeyboardInterrupt:
         click.echo(line, err=True)
         sys.exit(130)
+
+
+def first() -> bool:
+    """Whether this process speaks for its run: of several ranks under torchrun the first."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def _told_already() -> bool:
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return False
+    from quantkit.ranks import told_already
+
+    return told_already()
+
+
+@contextmanager
+def _ends_with_the_others() -> Iterator[None]:
+    """torchrun ends all ranks when one has ended: that is said as what it is."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1 or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def told(number: int, frame: object) -> None:
+        raise RankError(GONE)
+
+    before = signal.signal(signal.SIGTERM, told)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @contextmanager

@@ -74,6 +74,9 @@ def _of_groups(weight: Float[Tensor, "groups width"], bits: int, stored: torch.d
 
 def on_grid(weight: Float[Tensor, "out in"], scheme: Scheme, stored: torch.dtype) -> Codes | None:
     """The codes that give this weight back to the last bit, where it lies on a grid already; zero points are looked for last."""
+    ordered = weight[:FIRST].float().reshape(-1, scheme.width(weight.shape[1])).sort(1).values
+    if int((ordered.diff() != 0).sum(1).max()) >= 1 << scheme.bits:
+        return None  # more values in a group than codes: nearly every weight that was never on a grid is told off here
     scale = find_scale(weight, scheme, stored)
     if scale is None:
         return integer.on_grid(weight, scheme, stored)

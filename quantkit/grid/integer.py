@@ -68,17 +68,17 @@ def pack(codes: Int8[Tensor, "rows columns"], bits: int) -> Int32[Tensor, "rows 
     words = -(-columns * bits // 32)
     if 32 % bits == 0:
         per_word = 32 // bits
-        unsigned = torch.zeros(rows, words * per_word, dtype=torch.int32)
+        unsigned = codes.new_zeros(rows, words * per_word, dtype=torch.int32)
         unsigned[:, :columns] = codes.to(torch.int32) + (1 << (bits - 1))
-        packed = torch.zeros(rows, words, dtype=torch.int32)
+        packed = codes.new_zeros(rows, words, dtype=torch.int32)
         for k in range(per_word):
             packed |= unsigned[:, k::per_word] << (bits * k)
         return packed
-    stream = torch.zeros(rows, words * 32, dtype=torch.uint8)
+    stream = codes.new_zeros(rows, words * 32, dtype=torch.uint8)
     unsigned = codes.to(torch.int32) + (1 << (bits - 1))
     for k in range(bits):
         stream[:, k : columns * bits : bits] = ((unsigned >> k) & 1).to(torch.uint8)
-    packed = torch.zeros(rows, words, dtype=torch.int32)
+    packed = codes.new_zeros(rows, words, dtype=torch.int32)
     for k in range(32):
         packed |= stream[:, k::32].to(torch.int32) << k
     return packed
@@ -90,15 +90,15 @@ def unpack(packed: Int32[Tensor, "rows words"], bits: int, columns: int) -> Int8
     half, mask = 1 << (bits - 1), (1 << bits) - 1
     if 32 % bits == 0:
         per_word = 32 // bits
-        codes = torch.empty(rows, words, per_word, dtype=torch.int8)
+        codes = packed.new_empty(rows, words, per_word, dtype=torch.int8)
         for k in range(per_word):
             codes[:, :, k] = (((packed >> (bits * k)) & mask) - half).to(torch.int8)
         return codes.view(rows, -1)[:, :columns].contiguous()
-    stream = torch.empty(rows, words, 32, dtype=torch.int32)
+    stream = packed.new_empty(rows, words, 32)
     for k in range(32):
         stream[:, :, k] = (packed >> k) & 1
     bit = stream.view(rows, -1)[:, : columns * bits].view(rows, columns, bits)
-    return ((bit << torch.arange(bits)).sum(-1) - half).to(torch.int8)
+    return ((bit << torch.arange(bits, device=bit.device)).sum(-1) - half).to(torch.int8)
 
 
 def to_codes(

@@ -62,7 +62,7 @@ def fit(weight: Float[Tensor, "out in"], kind: str, importance: Float[Tensor, " 
     out, columns = weight.shape
     if columns % SIZES[kind][0]:
         raise ValueError(f"{columns} columns are not whole superblocks of {SIZES[kind][0]}")
-    w = torch.ones(columns)
+    w = torch.ones(columns, device=weight.device)
     if importance is not None and bool((importance > 0).any()):
         w = importance.float().clamp(min=0)
     w = w / w.mean() + FLOOR
@@ -90,7 +90,7 @@ def decode(blocks: Superblocks) -> Float[Tensor, "out in"]:
 def nearest(weight: Tensor, scale: Tensor, minimum: Tensor, kind: str) -> Tensor:
     """The codes next to some weights, on grids that broadcast against them."""
     q = (weight - minimum) / _not_zero(scale)
-    q = _NEXT[q.mul_(2).floor_().clamp_(-254, 226).add_(254).int()] if kind == "IQ4_NL" else q.round_().clamp_(*LIMITS[kind])
+    q = _NEXT.to(q.device)[q.mul_(2).floor_().clamp_(-254, 226).add_(254).int()] if kind == "IQ4_NL" else q.round_().clamp_(*LIMITS[kind])
     return torch.where(scale == 0, torch.full_like(q, float(kind == "IQ4_NL")), q)  # the level 1 is the nearest to nothing
 
 
@@ -248,7 +248,7 @@ def pack(blocks: Superblocks) -> UInt8[Tensor, "out bytes"]:
     count = blocks.d.numel()
     d, e = (value.reshape(-1, 1).half().view(torch.uint8).view(count, 2) for value in (blocks.d, blocks.e))
     if kind == "IQ4_NL":
-        level = torch.searchsorted(LEVELS, blocks.q.view(count, 32)).to(torch.uint8)
+        level = torch.searchsorted(LEVELS.to(blocks.q.device), blocks.q.view(count, 32)).to(torch.uint8)
         return torch.cat([d, level[:, :16] | level[:, 16:] << 4], 1).view(out, -1)
     if kind == "Q6_K":
         q = (blocks.q.view(count, 2, 4, 32) + 32).to(torch.uint8)  # halves of 128, quarters of 32
@@ -263,7 +263,7 @@ def pack(blocks: Superblocks) -> UInt8[Tensor, "out bytes"]:
     low = (q[:, :, 0] & 15) | (q[:, :, 1] & 15) << 4
     parts = [d, e, *scales]
     if kind == "Q5_K":
-        fifth = (blocks.q.view(count, 8, 32).to(torch.uint8) >> 4) << torch.arange(8, dtype=torch.uint8)[:, None]
+        fifth = (blocks.q.view(count, 8, 32).to(torch.uint8) >> 4) << torch.arange(8, dtype=torch.uint8, device=blocks.q.device)[:, None]
         parts.append(fifth.sum(1).to(torch.uint8))
     return torch.cat([*parts, low.view(count, 128)], 1).view(out, -1)
 
@@ -278,7 +278,7 @@ def unpack(rows: UInt8[Tensor, "out bytes"], kind: str) -> Superblocks:
         return raw[:, at : at + 2].contiguous().view(torch.float16).float().view(out, -1)
 
     if kind == "IQ4_NL":
-        q = LEVELS[torch.cat([raw[:, 2:] & 15, raw[:, 2:] >> 4], 1).int()].view(out, -1)
+        q = LEVELS.to(raw.device)[torch.cat([raw[:, 2:] & 15, raw[:, 2:] >> 4], 1).int()].view(out, -1)
         d = half(0)
         return Superblocks(kind, d, torch.zeros_like(d), torch.ones_like(d)[..., None], torch.zeros_like(d)[..., None], q)
     if kind == "Q6_K":
@@ -286,7 +286,7 @@ def unpack(rows: UInt8[Tensor, "out bytes"], kind: str) -> Superblocks:
         quarters = [low[:, :, 0] & 15, low[:, :, 1] & 15, low[:, :, 0] >> 4, low[:, :, 1] >> 4]
         q = torch.stack([part | ((high >> 2 * i) & 3) << 4 for i, part in enumerate(quarters)], 2).float() - 32
         s = raw[:, 192:208].contiguous().view(torch.int8).float().view(out, -1, 16)
-        zero = torch.zeros(out, count // out)
+        zero = s.new_zeros(out, count // out)
         return Superblocks(kind, half(208), zero, s, torch.zeros_like(s), q.view(out, -1))
     a, b, c = raw[:, 4:8], raw[:, 8:12], raw[:, 12:16]
     s = torch.cat([a & 63, (c & 15) | a >> 6 << 4], 1).float().view(out, -1, 8)
@@ -294,5 +294,5 @@ def unpack(rows: UInt8[Tensor, "out bytes"], kind: str) -> Superblocks:
     low = raw[:, -128:].view(count, 4, 32)
     q = torch.stack([low & 15, low >> 4], 2).view(count, 8, 32)
     if kind == "Q5_K":
-        q = q | ((raw[:, 16:48].view(count, 1, 32) >> torch.arange(8, dtype=torch.uint8)[:, None]) & 1) << 4
+        q = q | ((raw[:, 16:48].view(count, 1, 32) >> torch.arange(8, dtype=torch.uint8, device=raw.device)[:, None]) & 1) << 4
     return Superblocks(kind, half(0), half(2), s, m, q.float().view(out, -1))

@@ -15,6 +15,7 @@ masks, per-layer inputs, shared keys and values) come from transformers itself; 
 import copy
 from collections import UserDict
 from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -32,6 +33,7 @@ from transformers.initialization import meta_device_safe_creation_ops
 from quantkit.errors import CheckpointError, FamilyError
 from quantkit.model import experts
 from quantkit.model.checkpoint import TensorSource
+from quantkit.model.config import parse_config, said
 from quantkit.model.memory import Activations, Memory
 from quantkit.types import Batch, Entry, Json
 
@@ -66,7 +68,7 @@ def hollow_model(config: Json, folder: Path | None, dtype: torch.dtype) -> Any:
     try:
         parsed = parse_config(config)
     except Exception as problem:  # transformers raises anything on a config that contradicts itself
-        raise CheckpointError(f"{folder or 'config'}: transformers cannot read this config.json ({_line(problem)})") from None
+        raise CheckpointError(f"{folder or 'config'}: transformers cannot read this config.json ({said(problem)})") from None
     options: dict[str, Any] = {"dtype": dtype, "experts_implementation": experts.IMPLEMENTATION}
     with torch.device("meta"), meta_device_safe_creation_ops():
         try:
@@ -76,37 +78,8 @@ def hollow_model(config: Json, folder: Path | None, dtype: torch.dtype) -> Any:
             text_cls: Any = transformers.AutoModelForCausalLM._model_mapping[type(text)]
             model = text_cls._from_config(text, **options)
         except Exception as problem:
-            raise CheckpointError(f"{folder or 'config'}: {name} cannot be built from this config.json ({_line(problem)})") from None
+            raise CheckpointError(f"{folder or 'config'}: {name} cannot be built from this config.json ({said(problem)})") from None
     return model.eval().requires_grad_(False)
-
-
-def parse_config(config: Json) -> Any:
-    """transformers' own object; raises whatever transformers raises."""
-    fields = {k: _number(v) for k, v in config.items() if k not in ("quantization_config", "auto_map")}
-    return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-
-
-def _number(value: Any) -> Any:
-    """transformers writes an infinite float as {"__float__": "Infinity"}, for JSON has none, and reads it back in from_pretrained only."""
-    if isinstance(value, dict):
-        return float(value["__float__"]) if value.keys() == {"__float__"} else {key: _number(one) for key, one in value.items()}
-    return [_number(one) for one in value] if isinstance(value, list) else value
-
-
-def text_defaults(config: Json) -> Json:
-    """The text part of a config.json with the defaults that its transformers class fills in: published ones leave many out.
-
-    Raises:
-        CheckpointError: transformers cannot read it.
-    """
-    try:
-        return dict(parse_config(config).get_text_config().to_dict())
-    except Exception as problem:
-        raise CheckpointError(f"config.json: transformers cannot read it ({_line(problem)})") from None
-
-
-def _line(problem: BaseException) -> str:
-    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
 
 
 def published_entries(config: Json, dtype: torch.dtype = torch.bfloat16) -> dict[str, Entry]:
@@ -134,7 +107,7 @@ def hollow_text_model(config: Json, dtype: torch.dtype, **options: Any) -> Any:
         with torch.device("meta"), meta_device_safe_creation_ops():
             model = cls._from_config(text, dtype=dtype, **options)
     except Exception as problem:
-        raise CheckpointError(f"config.json: transformers cannot build its text model ({_line(problem)})") from None
+        raise CheckpointError(f"config.json: transformers cannot build its text model ({said(problem)})") from None
     return model.eval().requires_grad_(False)
 
 
@@ -157,14 +130,22 @@ def decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:
     return found[0], named[found[0]]
 
 
-def fill_buffers(model: Any) -> None:
-    """inv_freq, embed_scale ... are in no checkpoint: the model's own initialisation makes them, all else flagged as loaded."""
+def fill_buffers(model: Any, device: torch.device | None = None) -> None:
+    """inv_freq, embed_scale ... are in no checkpoint: the model's own initialisation makes them, all else flagged as loaded.
+
+    They are made on the CPU wherever they are wanted: two devices' powers may differ in a last bit.
+    """
     for tensor in model.state_dict(keep_vars=True).values():
         tensor._is_hf_initialized = True
     for name, buffer in list(model.named_non_persistent_buffers()):
         owner, _, leaf = name.rpartition(".")
         model.get_submodule(owner)._buffers[leaf] = torch.empty_like(buffer, device="cpu")
     model.initialize_weights()
+    if device is not None and device.type != "cpu":
+        for module in model.modules():
+            for leaf, tensor in module._buffers.items():
+                if tensor is not None and not tensor.is_meta:
+                    module._buffers[leaf] = tensor.to(device)
 
 
 class Skeleton:
@@ -172,21 +153,32 @@ class Skeleton:
 
     Args:
         memory: the budget of the activations of every stream through it; None is no limit.
+        device: where it computes; None is the CPU.
+        ahead: make the next block while one is open; None: on a GPU, where copies run beside the work. Mapped pages need no copy.
 
     Raises:
         CheckpointError: a block's tensor has no source in the checkpoint or another shape than the model's.
         FamilyError: the model's blocks are not found.
     """
 
-    def __init__(self, checkpoint: TensorSource, dtype: torch.dtype, memory: Memory | None = None):
-        self.checkpoint, self.memory = checkpoint, memory or Memory()
+    def __init__(
+        self,
+        checkpoint: TensorSource,
+        dtype: torch.dtype,
+        memory: Memory | None = None,
+        device: torch.device | None = None,
+        ahead: bool | None = None,
+    ):
+        self.checkpoint, self.memory, self.device = checkpoint, memory or Memory(), device or torch.device("cpu")
+        self._reader = ThreadPoolExecutor(1) if (self.device.type == "cuda" if ahead is None else ahead) else None
+        self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
         self.model = hollow_model(checkpoint.config, checkpoint.folder, dtype)
         place, blocks = decoder_blocks(self.model)
         self.blocks: list[nn.Module] = list(blocks)
         self.open = 0  # the block that is filled
         self._prefix, decoder = place + ".", self.model.get_submodule(place.rpartition(".")[0])
         self._sources = self._find_sources()
-        fill_buffers(self.model)
+        fill_buffers(self.model, self.device)
         head = self.model.get_output_embeddings()
         text = tuple(name + "." for name, m in self.model.named_modules() if m is decoder or (head is not None and m is head))
         outside = [t for t in self._sources if t.startswith(text) and not t.startswith(self._prefix)]
@@ -203,7 +195,10 @@ class Skeleton:
         prefix, self.open = f"{self._prefix}{index}.", index
         empty = {n: torch.empty_like(t, device="meta") for n, t in self.model.state_dict().items() if n.startswith(prefix)}
         try:
-            self._fill([target for target in self._sources if target.startswith(prefix)])
+            for name, tensor in self._taken(index).items():
+                self._put(name, tensor)
+            if self._reader is not None and index + 1 < len(self.blocks):
+                self._next = index + 1, self._reader.submit(self._made, index + 1)
             yield self.blocks[index]
         finally:
             for name, tensor in empty.items():
@@ -243,11 +238,36 @@ class Skeleton:
             )
         return plan
 
+    def _taken(self, index: int) -> dict[str, Tensor]:
+        """A block's tensors: those that were made ahead, or made now."""
+        if self._next is None or self._next[0] != index:
+            return self._made(index)
+        made, self._next = self._next[1].result(), None
+        if self.device.type == "cuda":
+            for tensor in made.values():  # of the reader's stream: not to be given away while this one still uses it
+                tensor.record_stream(torch.cuda.current_stream(self.device))
+        return made
+
+    def _made(self, index: int) -> dict[str, Tensor]:
+        prefix = f"{self._prefix}{index}."
+        targets = [target for target in self._sources if target.startswith(prefix)]
+        if self.device.type != "cuda":
+            return dict(self._tensors(targets))
+        with torch.cuda.stream(torch.cuda.Stream(self.device)):
+            made = {name: tensor.to(self.device, non_blocking=True) for name, tensor in self._tensors(targets)}
+            torch.cuda.current_stream(self.device).synchronize()
+        return made
+
     def _fill(self, targets: Sequence[str]) -> None:
+        for name, tensor in self._tensors(targets):
+            self._put(name, tensor)
+
+    def _tensors(self, targets: Sequence[str]) -> Iterator[tuple[str, Tensor]]:
+        """The model's tensors, made of the checkpoint's: views of its pages, or fused from several."""
         for target in targets:
             recipe = self._sources[target]
             if recipe.rule is None:
-                self._put(target, self.checkpoint.view(recipe.parts[0][1]))
+                yield target, self.checkpoint.view(recipe.parts[0][1])
                 continue
             names = {p: [n for q, n in recipe.parts if q == p] for p in recipe.rule.source_patterns}
             old: Tensor = self.model.get_parameter(target)
@@ -257,13 +277,13 @@ class Skeleton:
                 if any(len(n) != len(fused) for n in names.values()):
                     raise CheckpointError(f"{self.checkpoint.folder}: {target} needs {len(fused)} experts, the checkpoint has others")
                 experts.fuse(fused, [[lambda n=n: self.checkpoint.view(n) for n in group] for group in names.values()])  # type: ignore[misc]
-                self._put(target, fused)
+                yield target, fused
                 continue
             rule: Any = copy.deepcopy(recipe.rule)  # any other rule: transformers' own operations
             for pattern, name in recipe.parts:
                 rule.add_tensor(target, name, pattern, lambda name=name: self.checkpoint.view(name))
             for name, made in rule.convert(target, model=self.model, config=self.model.config).items():
-                self._put(name, made[0] if isinstance(made, list) else made)
+                yield name, made[0] if isinstance(made, list) else made
 
     def _put(self, name: str, tensor: Tensor) -> None:
         owner_name, _, leaf = name.rpartition(".")
@@ -272,7 +292,7 @@ class Skeleton:
         if tensor.shape != old.shape:
             shapes = f"{tuple(tensor.shape)} in the checkpoint, {tuple(old.shape)} by config.json"
             raise CheckpointError(f"{self.checkpoint.folder}: {name} is {shapes}")
-        value = tensor.to(old.dtype)
+        value = tensor if tensor.is_meta else tensor.to(self.device, old.dtype)
         setattr(owner, leaf, value if leaf in owner._buffers else nn.Parameter(value, requires_grad=False))
 
 
@@ -308,7 +328,8 @@ class Stream:
     """Batches on their way through a skeleton's blocks."""
 
     def __init__(self, skeleton: Skeleton, batches: Sequence[Batch]):
-        self.skeleton, self.batches = skeleton, list(batches)
+        self.skeleton, self.device = skeleton, skeleton.device
+        self.batches = [batch.to(skeleton.device) for batch in batches]
         self._cache: dict[tuple[int, int], Any] = {}
 
     @torch.no_grad()
@@ -327,7 +348,7 @@ class Stream:
         # dict arguments (shared keys and values) are written by some blocks and read by later ones: one dict for each batch and state
         shared = state.shared[batch]
         kwargs = {k: shared.setdefault(k, copy.copy(v)) if isinstance(v, (dict, UserDict)) else v for k, v in kwargs.items()}
-        hidden = state.hidden[batch]
+        hidden = state.hidden[batch].to(self.device)  # where the device has no room for all of them they wait in memory
         if dtype is not None:
             hidden, args, kwargs = _cast((hidden, args, kwargs), dtype)
         with torch.set_grad_enabled(grad):
@@ -366,7 +387,7 @@ class Stream:
         """The model's own tail (norm, head, softcap) on some positions of the streamed hidden states; cut, for vocabularies are large."""
         last = len(self.skeleton.blocks) - 1
         whole, dim = state.hidden[batch].shape, self.rows_at + 1
-        hidden = state.hidden[batch].narrow(dim, *_bounds(part, whole[dim]))
+        hidden = state.hidden[batch].narrow(dim, *_bounds(part, whole[dim])).to(self.device)
 
         def cut(value: Any) -> Any:  # a second residual stream, say
             alike = torch.is_tensor(value) and value.shape[: dim + 1] == whole[: dim + 1]

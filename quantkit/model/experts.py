@@ -51,7 +51,7 @@ def experts_forward(
         if watcher:
             watcher("down_proj", expert, token, x[:count])
         x = tap("down_proj", expert, token, nn.functional.linear(x, read("down_proj", expert)))[:count]
-        total = total.index_add(0, token, (x * weights[token, slot, None]).float())
+        total.index_add_(0, token, (x * weights[token, slot, None]).float())
     return total.to(hidden.dtype)
 
 

@@ -24,8 +24,19 @@ def left_for_activations(plan: Plan, max_memory: int | None, staged: bool) -> in
     """Bytes that a budget leaves beside the largest block; None where there is no budget."""
     if max_memory is None:
         return None
-    sizes = [sum(entry.bytes for name, entry in plan.entries.items() if name.startswith(block.prefix)) for block in plan.blocks]
-    return max(0, max_memory - round(BESIDE_ACTIVATIONS[staged] * max(sizes)))
+    return max(0, max_memory - round(BESIDE_ACTIVATIONS[staged] * _largest(plan)))
+
+
+def left_on_device(plan: Plan, device: torch.device, staged: bool) -> int | None:
+    """Bytes of a GPU's free memory that its activations may take; None where there is no GPU. The next block comes in beside this one."""
+    if device.type != "cuda":
+        return None
+    free, _ = torch.cuda.mem_get_info(device)
+    return left_for_activations(plan, free - _largest(plan), staged)
+
+
+def _largest(plan: Plan) -> int:
+    return max(sum(entry.bytes for name, entry in plan.entries.items() if name.startswith(block.prefix)) for block in plan.blocks)
 
 
 def give_back_memory() -> None:
@@ -40,15 +51,25 @@ class Memory:
     Args:
         limit: bytes that may stay in memory; None is no limit.
         folder: for the files (a disk, not a file system in memory); None is the system's place for temporary files.
+        there: bytes that may stay on the device that they were made on, where that is not the CPU; None is no limit.
     """
 
-    def __init__(self, limit: int | None = None, folder: Path | None = None):
-        self.limit, self.folder = limit, folder
+    def __init__(self, limit: int | None = None, folder: Path | None = None, there: int | None = None):
+        self.limit, self.folder, self.there = limit, folder, there
         self.held = 0  # bytes in memory now
+        self.held_there = 0  # bytes on the device now
         self.spilled = 0  # bytes that were written in all
 
     def keep(self, tensor: Tensor) -> Tensor:
         """The tensor, or its copy in a mapped file. Neither is written to afterwards: a new state is a new tensor."""
+        if tensor.device.type != "cpu":
+            if self.there is None:
+                return tensor
+            if self.held_there + tensor.nbytes <= self.there:
+                self.held_there += tensor.nbytes
+                weakref.finalize(tensor, self._release_there, tensor.nbytes)
+                return tensor
+            tensor = tensor.cpu()
         if self.limit is None:
             return tensor
         if self.held + tensor.nbytes <= self.limit:
@@ -59,6 +80,9 @@ class Memory:
 
     def _release(self, size: int) -> None:
         self.held -= size
+
+    def _release_there(self, size: int) -> None:
+        self.held_there -= size
 
     def _spill(self, tensor: Tensor) -> Tensor:
         if not tensor.nbytes:

@@ -24,8 +24,9 @@ def fold_change(
     columns: Mapping[str, Float[Tensor, " in"]],
     rows: Mapping[str, Float[Tensor, " out"]],
     folded: Mapping[str, Tensor],
+    batch: int,
 ) -> float:
-    """Relative change of the open block's output that folds make: what 99 of 100 tokens of a batch stay below.
+    """Relative change of the open block's output that folds make: what 99 of 100 tokens of a batch of the stream stay below.
 
     A hundredth may lie beyond, for a token on the edge between two experts can fall to either side by fp32's last bit.
 
@@ -33,7 +34,6 @@ def fold_change(
         columns, rows: what folds multiply a linear's columns by and divide its rows by, by local name.
         folded: other tensors that they replaced, by local tensor name.
     """
-    batch = len(stream.batches) - 1  # the shortest rows
     with _in_full_precision(block, {}, {}, {}):
         before = stream.run(block, state.fork(), batch, dtype=torch.float32)
     with _in_full_precision(block, columns, rows, folded):

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from quantkit.errors import CheckpointError, FamilyError
-from quantkit.model.blocks import Skeleton, Stream, parse_config
+from quantkit.model.blocks import Skeleton, Stream
+from quantkit.model.config import parse_config, said
 from quantkit.types import Batch, Entry, Json
 
 HEADS, EXPERTS, WIDTH = 4, 6, 256
@@ -51,7 +52,7 @@ def small_config(config: Json, proportional: bool = False) -> Any:
     except Exception as problem:  # transformers raises anything
         if config.get("auto_map"):
             raise FamilyError("config.json: the model brings code of its own (auto_map), which quantkit does not run") from None
-        raise CheckpointError(f"config.json: transformers cannot read it ({_line(problem)}); upgrade transformers, or correct it") from None
+        raise CheckpointError(f"config.json: transformers cannot read it ({said(problem)}); upgrade transformers, or correct it") from None
     own_names = {theirs: ours for ours, theirs in text.attribute_map.items()}  # n_embd -> hidden_size
     named = {
         key: value for key, value in text.to_dict().items() if key not in ("architectures", "dtype", "transformers_version", "model_type")
@@ -173,7 +174,7 @@ def build_twin(config: Json, dtype: torch.dtype, seed: int = 0, experts: str = "
         CheckpointError: transformers cannot read the config.
         FamilyError: transformers has no causal language model for it, or none that can be built small and runs on a CPU.
     """
-    said = ""
+    first = ""
     for proportional in (False, True):
         kind = "model"
         try:
@@ -193,16 +194,12 @@ def build_twin(config: Json, dtype: torch.dtype, seed: int = 0, experts: str = "
         except (CheckpointError, FamilyError):
             raise
         except Exception as problem:  # transformers raises anything
-            said = said or _line(problem)
+            first = first or said(problem)
             continue
         if not bool(logits.isfinite().all()):
             raise FamilyError(f"config.json: a small random {kind} computes no finite logits; write its table by hand")
         return model, logits
-    raise FamilyError(f"config.json: a small {kind} cannot be built and run on a CPU ({said}); write its table by hand")
-
-
-def _line(problem: BaseException) -> str:
-    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+    raise FamilyError(f"config.json: a small {kind} cannot be built and run on a CPU ({first}); write its table by hand")
 
 
 @torch.no_grad()

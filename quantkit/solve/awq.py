@@ -18,7 +18,7 @@ from quantkit.solve import ranges
 from quantkit.types import FoldReport, Scheme
 
 CLIPS_IN_SEARCH = 4  # a candidate is judged with its ranges searched, coarsely
-CHUNK = 1 << 21  # weights at a time
+CHUNK = 1 << 18  # weights at a time: temporaries stay in the cache
 WIDEST = 2.0**10  # a scale beyond this would leave a norm without resolution
 
 
@@ -45,7 +45,7 @@ def every_nth(weight: Float[Tensor, "out in"], rows: int) -> Float[Tensor, "rows
     """At most `rows` rows, evenly spread, in fp32: enough to rank candidates, whatever the matrix's height."""
     if len(weight) <= rows:
         return weight.float()
-    return weight[torch.linspace(0, len(weight) - 1, rows).round().long()].float()
+    return weight[torch.linspace(0, len(weight) - 1, rows).round().long().to(weight.device)].float()
 
 
 def norm_fold(
@@ -90,7 +90,7 @@ def choose_scale(
         spread = over_columns(scale, columns, head)
         return sum(_loss(consumer, spread) for consumer in consumers)
 
-    best, exponent = torch.ones(channels), None
+    best, exponent = torch.ones(channels, device=mean_abs.device), None
     unfolded = least = loss(best)
     for alpha, wished in _candidates(mean_abs, magnitude, exponents):
         scale = realize(wished)
@@ -99,6 +99,44 @@ def choose_scale(
             best, exponent, least = scale, (alpha, 1 - alpha), value
     bounds = (float(best.min()), float(best.max()))
     return Choice(best, FoldReport(producer, exponent, bounds, least / unfolded if unfolded else 1.0))
+
+
+def choose_alike(
+    producers: Sequence[str],
+    consumers: Sequence[Consumer],
+    mean_abs: Sequence[Float[Tensor, " in"]],
+    exponents: int,
+    realize: Callable[[Float[Tensor, " in"]], Float[Tensor, " in"]],
+) -> list[Choice]:
+    """`choose_scale` for many producers with one consumer each, of one shape and scheme (a layer's experts): searched side by side.
+
+    Dozens of experts cost what one does where a matrix is too small to keep the machine busy.
+    """
+    first = consumers[0]
+    weight, importance = torch.stack([c.weight for c in consumers]), torch.stack([c.importance for c in consumers])
+    candidates = [list(_candidates(fed, _magnitude([consumer]), exponents)) for fed, consumer in zip(mean_abs, consumers, strict=True)]
+    best = torch.ones(len(consumers), weight.shape[-1], device=weight.device)
+    unfolded = least = _losses(weight, importance, best, first)
+    chosen: list[tuple[float, float] | None] = [None] * len(consumers)
+    for step in range(exponents):
+        alive = [number for number, found in enumerate(candidates) if found]
+        if not alive:
+            break
+        scale = best.clone()
+        for number in alive:
+            scale[number] = realize(candidates[number][step][1])
+        value = _losses(weight, importance, scale, first)
+        for number in alive:
+            if value[number] < least[number]:
+                alpha = candidates[number][step][0]
+                chosen[number] = alpha, 1 - alpha
+        wins = value < least
+        best, least = torch.where(wins[:, None], scale, best), torch.where(wins, value, least)
+    ratios = torch.where(unfolded > 0, least / unfolded, 1.0).tolist()
+    return [
+        Choice(best[number], FoldReport(name, chosen[number], (float(best[number].min()), float(best[number].max())), ratios[number]))
+        for number, name in enumerate(producers)
+    ]
 
 
 def over_columns(scale: Float[Tensor, " channels"], columns: int, head: int) -> Float[Tensor, " in"]:
@@ -127,7 +165,7 @@ def _candidates(mean_abs: Tensor, magnitude: Tensor, exponents: int) -> Iterator
 
 def _magnitude(consumers: Sequence[Consumer]) -> Float[Tensor, " in"]:
     """Mean over rows of |w| relative to the largest of its group: AWQ's measure of a column."""
-    total, rows = torch.zeros(consumers[0].weight.shape[1]), 0
+    total, rows = torch.zeros(consumers[0].weight.shape[1], device=consumers[0].weight.device), 0
     for consumer in consumers:
         rows_of, columns = consumer.weight.shape
         grouped = consumer.weight.abs().view(rows_of, -1, consumer.scheme.width(columns))
@@ -149,3 +187,19 @@ def _loss(consumer: Consumer, scale: Float[Tensor, " in"]) -> float:
         *_, error = ranges.search(grouped, importance, scheme, consumer.dtype, CLIPS_IN_SEARCH, refits=1)
         total += float(error.sum(dtype=torch.float64))
     return total
+
+
+def _losses(
+    weight: Float[Tensor, "stack rows in"], importance: Float[Tensor, "stack _ in"], scale: Float[Tensor, "stack in"], like: Consumer
+) -> Float[Tensor, " stack"]:
+    """`_loss` of every matrix of a stack."""
+    stack, rows, columns = weight.shape
+    width, scheme = like.scheme.width(columns), replace(like.scheme, signed=False)
+    losses, step = [], max(1, CHUNK // (rows * columns))
+    for start in range(0, stack, step):
+        spread = scale[start : start + step, None]
+        grouped = (weight[start : start + step] * spread).unflatten(-1, (-1, width))
+        share = (importance[start : start + step] / spread.square()).unflatten(-1, (-1, width))
+        *_, error = ranges.search(grouped, share, scheme, like.dtype, CLIPS_IN_SEARCH, refits=1)
+        losses.append(error.flatten(1).sum(1, dtype=torch.float64))
+    return torch.cat(losses)

@@ -6,6 +6,7 @@ stages' rounding. `solve_block` does it in one, from statistics of the whole blo
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import repeat
 
 import torch
 from jaxtyping import Float
@@ -19,13 +20,14 @@ from quantkit.solve import ranges
 from quantkit.solve.folds import Folding, choose_folds, plainly_rounded
 from quantkit.solve.pooling import Pooled, kind
 from quantkit.solve.rounding import Rounded, compensated, compensated_superblocks, descend, factor
-from quantkit.solve.targets import Target, loss
+from quantkit.solve.targets import Target, lacking, loss
 from quantkit.types import BlockPlan, Blocks, Codes, Effort, InputStats, Linear, Scheme, Solved, SolvedBlock
 
 JUDGED_ROWS = 512  # rows of a matrix on which its output error is measured
 JUDGED_EXPERT_ROWS = 64
-CHUNK = 1 << 20  # weights at a time in the range search: temporaries stay in the cache
+CHUNK = 1 << 18  # weights at a time in the range search: temporaries stay in the cache
 STACK = 1 << 24  # weights at a time under compensation: tall enough that products dominate
+STACK_ON_GPU = 1 << 27  # all its cores want rows
 
 
 def solve_block(
@@ -63,24 +65,29 @@ def solve_linears(
     inputs: Pooled,
     effort: Effort,
     used_up: dict[str, InputStats] | None = None,
+    turns: Iterator[bool] | None = None,
 ) -> dict[str, Solved]:
     """Some linears of a block, under folds that are already chosen.
 
     Args:
         used_up: statistics to drop as soon as their linear is solved.
+        turns: for each part that is rounded in one go, whether it is to be done here (and not by another rank); None: all are.
 
     Returns:
         by local name; no linear is worse than plain rounding on the rows that its statistics hold back, unless a fold that others
         gain by makes it so.
     """
     solved: dict[str, Solved] = {}
+    turns = repeat(True) if turns is None else turns
     for group in _groups(linears, weights, folding, inputs, effort):
-        for local, codes, target in _rounded(group, weights, folding, inputs, effort):
+        parts = [part for part in _parts(group, weights[group[0].local].device) if next(turns)]
+        height = sum(task.shape[0] for task in group)
+        for local, codes, target in _rounded(parts, height, weights, folding, inputs, effort):
             solved[local] = _judged(local, codes, target, weights[local], folding, inputs, effort)
         for task in group:
             if used_up is not None:
                 used_up.pop(task.local, None)
-    return {linear.local: solved[linear.local] for linear in linears}
+    return {linear.local: solved[linear.local] for linear in linears if linear.local in solved}
 
 
 def nearly(linear: Linear, scheme: Scheme, weight: Tensor, folding: Folding, inputs: Pooled, shrinks: int) -> Float[Tensor, "out in"]:
@@ -127,10 +134,12 @@ def _groups(
 
 
 def _rounded(
-    group: Sequence[_Task], weights: Mapping[str, Tensor], folding: Folding, inputs: Pooled, effort: Effort
+    parts: Sequence[Sequence[_Task]], height: int, weights: Mapping[str, Tensor], folding: Folding, inputs: Pooled, effort: Effort
 ) -> Iterator[tuple[str, Codes | Blocks, Target | None]]:
-    """Codes of every linear of a group, and the target that they were rounded to."""
-    first = group[0]
+    """Codes of every linear in some parts of a group of `height` rows, and the target that they were rounded to."""
+    if not parts:
+        return
+    first = parts[0][0]
     if not first.compensates:
         yield first.local, first.grid or _nearest(first, weights[first.local], folding, inputs, effort.shrinks), None
         return
@@ -138,18 +147,18 @@ def _rounded(
     target, factored, gram = None, None, torch.empty(0)
     if first.shares:
         fed = inputs[first.local]
-        target = Target(fed, effort.retarget, effort.retarget_damping)
+        target = Target(fed, effort.retarget, effort.retarget_damping, height)
         gram = _under(fed, folding.columns.get(first.local))[None]
         factored = factor(gram, effort.damping)
         del fed
-    for part in _parts(group):
+    for part in parts:
         if first.shares:
             assert target is not None
             targets = [target] * len(part)
             wanted = torch.cat([folding.apply(t.local, target.of(weights[t.local].float())) for t in part])[None]
         else:
             each = [inputs[task.local] for task in part]
-            targets = [Target(fed, effort.retarget, effort.retarget_damping) for fed in each]
+            targets = [Target(fed, effort.retarget, effort.retarget_damping, first.shape[0]) for fed in each]
             gram = torch.stack([_under(fed, folding.columns.get(task.local)) for task, fed in zip(part, each, strict=True)])
             wanted = torch.stack([folding.apply(t.local, to.of(weights[t.local].float())) for t, to in zip(part, targets, strict=True)])
             factored = factor(gram, effort.damping)
@@ -166,13 +175,14 @@ def _rounded(
         yield from zip((task.local for task in part), _split(rounded, part, first.scheme, dtype), targets, strict=True)
 
 
-def _parts(group: Sequence[_Task]) -> Iterator[list[_Task]]:
+def _parts(group: Sequence[_Task], device: torch.device) -> Iterator[list[_Task]]:
     """As many of a group as are solved at a time."""
+    most = STACK_ON_GPU if device.type == "cuda" else STACK
     part: list[_Task] = []
     size = 0
     for task in group:
         weights = task.shape[0] * task.shape[1]
-        if part and size + weights > STACK:
+        if part and size + weights > most:
             yield part
             part, size = [], 0
         part.append(task)
@@ -206,7 +216,7 @@ def _nearest(task: _Task, weight: Tensor, folding: Folding, inputs: Pooled, shri
     """Every weight to the nearest code, ranges searched by the diagonal."""
     scheme, (out, columns) = task.scheme, task.shape
     width = scheme.width(columns)
-    square = inputs[task.local].square if task.local in inputs else torch.ones(columns)
+    square = inputs[task.local].square if task.local in inputs else torch.ones(columns, device=weight.device)
     shrinks = shrinks if task.local in inputs else 1
     if task.local in folding.columns:
         square = square / folding.columns[task.local].square()
@@ -244,21 +254,25 @@ def _judged(
     """
     scheme, dtype = codes.scheme, weight.dtype
     count = JUDGED_EXPERT_ROWS if kind(local) else JUDGED_ROWS
-    judged = torch.linspace(0, len(weight) - 1, min(len(weight), count)).round().long()
+    judged = torch.linspace(0, len(weight) - 1, min(len(weight), count)).round().long().to(weight.device)
     original = weight[judged].float()
-    fed = inputs[local] if local in inputs else InputStats(0, torch.ones(weight.shape[1]), torch.ones(weight.shape[1]), None)
+    even = torch.ones(weight.shape[1], device=weight.device)
+    fed = inputs[local] if local in inputs else InputStats(0, even, even, None)
     wanted = original if target is None else target.of(original, judged)
     plainly = plainly_rounded(original, scheme, dtype)
     held = fed.held if fed.held is not None and fed.held.tokens else None
+    plain_seen, plain_held, lacks = loss(wanted, plainly, fed), None, None
+    if held is not None:
+        own = None if held.residual is None else held.residual[judged]
+        lacks = lacking(original, held.drift if target is not None else None, own)
+        plain_held = loss(original, plainly, held, lacks)
 
-    def worth(rounded: Float[Tensor, "rows in"]) -> float:
-        """What it costs beyond plain rounding: in doubt the worse of what was seen and what was held back."""
-        seen = loss(wanted, rounded, fed, None, None) - loss(wanted, plainly, fed, None, None)
-        if held is None:
-            return seen
-        other = None if held.residual is None else held.residual[judged]
-        drift = held.drift if target is not None else None
-        return max(seen, loss(original, rounded, held, drift, other) - loss(original, plainly, held, drift, other))
+    def worth(rounded: Float[Tensor, "rows in"]) -> tuple[float, float]:
+        """What it costs beyond plain rounding, in doubt the worse of what was seen and held back; and its loss on what was seen."""
+        seen = loss(wanted, rounded, fed)
+        if held is None or plain_held is None:
+            return seen - plain_seen, seen
+        return max(seen - plain_seen, loss(original, rounded, held, lacks) - plain_held), seen
 
     def of(rounded: Codes | Blocks) -> Float[Tensor, "rows in"]:
         if isinstance(rounded, Blocks):
@@ -269,18 +283,20 @@ def _judged(
         return folding.undo(local, decoded(some), judged)
 
     best, fell_back = of(codes), False
-    if (cost := worth(best)) > 0 and effort.shrinks > 1:
+    cost, seen = worth(best)
+    if cost > 0 and effort.shrinks > 1:
         task = _Task(local, scheme, (weight.shape[0], weight.shape[1]), None, False, True)
         for shrinks in (effort.shrinks, 1):
             other_codes = _nearest(task, weight, folding, inputs, shrinks)
-            other = of(other_codes)
-            if (value := worth(other)) < cost:
-                codes, best, cost, fell_back = other_codes, other, value, True
-    power = max(loss(original, torch.zeros_like(original), fed, None, None), 1e-30)
+            simpler = of(other_codes)
+            value, other_seen = worth(simpler)
+            if value < cost:
+                codes, cost, seen, fell_back = other_codes, value, other_seen, True
+    power = max(loss(original, torch.zeros_like(original), fed), 1e-30)
     return Solved(
         codes,
-        loss(wanted, plainly, fed, None, None) / power,
-        loss(wanted, best, fed, None, None) / power,
+        plain_seen / power,
+        seen / power,
         inputs.tokens(local) if local in inputs else 0,
         fell_back,
     )

@@ -1,6 +1,6 @@
 """The folds of one block: which scale leaves which producer, chosen before anything is rounded."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -64,10 +64,23 @@ def choose_folds(
     folding = Folding()
     if effort.folds:
         chooser = _Chooser(plan, weights, kept, inputs, sensitivity, norm_offset, effort, folding)
-        for fold in plan.folds:
-            if report := chooser.choose(fold):
-                folding.reports.append(report)
+        folding.reports += chooser.chosen(plan.folds)
     return folding
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """One fold's search before it begins."""
+
+    fold: Fold
+    readers: list[str]
+    routers: list[str]
+    from_norm: bool
+    channels: int
+    consumers: list[awq.Consumer]
+    mean_abs: Float[Tensor, " in"]
+    realize: Callable[[Tensor], Tensor]
+    shape: object | None  # the same for folds that can be searched side by side; None for one of its own
 
 
 class _Chooser:
@@ -91,12 +104,32 @@ class _Chooser:
         assert scheme is not None
         return scheme
 
-    def choose(self, fold: Fold) -> FoldReport | None:
-        """Choose one fold's scale and enter it where it acts: in linears' columns and rows, in norms, routers and biases."""
+    def chosen(self, folds: Sequence[Fold]) -> list[FoldReport]:
+        """Choose every fold's scale and enter it where it acts: in linears' columns and rows, in norms, routers and biases."""
+        asked = [one for one in map(self._asked, folds) if one is not None]
+        alike: dict[object, list[_Asked]] = {}
+        for one in asked:
+            alike.setdefault(one.shape or one.fold.producer, []).append(one)
+        reports: dict[str, FoldReport] = {}
+        for group in alike.values():
+            first = group[0]
+            if len(group) > 1:
+                means, consumers = [one.mean_abs for one in group], [one.consumers[0] for one in group]
+                choices = awq.choose_alike([one.fold.producer for one in group], consumers, means, self.effort.exponents, first.realize)
+            else:
+                fold, exponents = first.fold, self.effort.exponents
+                channels = first.channels
+                choices = [awq.choose_scale(fold.producer, first.consumers, first.mean_abs, channels, fold.head, exponents, first.realize)]
+            for one, choice in zip(group, choices, strict=True):
+                reports[one.fold.producer] = self._entered(one, choice)
+        return [reports[one.fold.producer] for one in asked]
+
+    def _asked(self, fold: Fold) -> "_Asked | None":
+        """What one fold's search starts from; None where nothing that is quantized reads it."""
         readers = [local for local in fold.consumers if local in self.linears and local in self.inputs]
         if not readers:
             return None
-        kept, folding = self.kept, self.folding
+        kept = self.kept
         routers = [name for local in fold.consumers if local not in self.linears and (name := f"{local}.weight") in kept]
         norm, bias = f"{fold.producer}.weight", f"{fold.producer}.bias"
         from_norm = fold.producer not in self.linears
@@ -107,7 +140,7 @@ class _Chooser:
             scale = torch.exp2(scale.log2().round()) if exact else scale
             return awq.norm_fold(kept[norm], self.norm_offset, scale)[1] if from_norm else scale
 
-        tokens, total = 0, torch.zeros(self.weights[readers[0]].shape[1])
+        tokens, total = 0, torch.zeros_like(self.inputs[readers[0]].abs)
         parts: dict[tuple[Scheme, torch.dtype], list[tuple[Tensor, Tensor]]] = {}
         for local in readers:
             fed, weight = self.inputs[local], self.weights[local]
@@ -127,21 +160,29 @@ class _Chooser:
             )
             for (scheme, dtype), pairs in parts.items()
         ]
-        choice = awq.choose_scale(fold.producer, consumers, total / max(tokens, 1), channels, fold.head, self.effort.exponents, realize)
+        shape = None
+        if len(readers) == 1 and kind(readers[0]) and not from_norm and not exact and channels == len(total):
+            only = consumers[0]
+            shape = kind(readers[0]), only.weight.shape, only.importance.shape, only.scheme, only.dtype
+        return _Asked(fold, readers, routers, from_norm, channels, consumers, total / max(tokens, 1), realize, shape)
+
+    def _entered(self, asked: "_Asked", choice: awq.Choice) -> FoldReport:
+        fold, kept, folding = asked.fold, self.kept, self.folding
         if choice.report.exponents is None:
             return choice.report
-        if from_norm and not self._holds(readers, choice.scale):
+        if asked.from_norm and not self._holds(asked.readers, choice.scale):
             return FoldReport(fold.producer, None, (1.0, 1.0), 1.0)
-        for local in readers:
+        norm, bias = f"{fold.producer}.weight", f"{fold.producer}.bias"
+        for local in asked.readers:
             folding.columns[local] = awq.over_columns(choice.scale, self.weights[local].shape[1], fold.head)
-        for name in routers:
+        for name in asked.routers:
             folding.folded[name] = (kept[name].float() * choice.scale).to(kept[name].dtype)
-        if from_norm:
+        if asked.from_norm:
             folding.folded[norm] = awq.norm_fold(kept[norm], self.norm_offset, choice.scale)[0]
         else:
             folding.rows[fold.producer] = choice.scale
-        if bias in kept:
-            folding.folded[bias] = (kept[bias].float() / choice.scale).to(kept[bias].dtype)
+            if bias in kept:
+                folding.folded[bias] = (kept[bias].float() / choice.scale).to(kept[bias].dtype)
         return choice.report
 
     def _holds(self, readers: Sequence[str], scale: Float[Tensor, " in"]) -> bool:

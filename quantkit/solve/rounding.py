@@ -49,22 +49,24 @@ def factor(gram: Float[Tensor, "stack in in"], damping: float) -> Factor:
     """
     if not bool(gram.isfinite().all()):
         raise ValueError("a Gram with NaN or infinity has no factor")
-    _, columns, _ = gram.shape
-    identity = torch.eye(columns, dtype=torch.float64)
-    uppers, diagonals = [], []
-    for one in gram:  # one at a time: the double precision copies of a stack would be the size of a block
-        mean = float(one.diagonal().mean(dtype=torch.float64)) or 1.0
-        share = damping
-        while True:
-            # flipped Cholesky: (J H J) = L L^T, so H = (J L J)(J L J)^T with J L J upper triangular
-            lower, info = torch.linalg.cholesky_ex((one.double() + share * mean * identity).flip(0, 1))
-            if int(info) == 0:
-                break
-            share = max(share * 10, 1e-6)
-        root = lower.flip(0, 1)
-        uppers.append((root / root.diagonal()).float())
-        diagonals.append(root.diagonal().square().float())
-    return Factor(torch.stack(uppers), torch.stack(diagonals))
+    mean = gram.diagonal(dim1=1, dim2=2).mean(-1, dtype=torch.float64)
+    mean = torch.where(mean == 0, 1.0, mean)
+    share = torch.full_like(mean, damping)
+    upper, diagonal = torch.empty_like(gram), torch.empty_like(gram[:, 0])
+    left = torch.arange(len(gram), device=gram.device)
+    while len(left):
+        # flipped Cholesky: (J H J) = L L^T, so H = (J L J)(J L J)^T with J L J upper triangular
+        damped = gram[left].double()
+        damped.diagonal(dim1=1, dim2=2).add_((share * mean)[left, None])
+        lower, info = torch.linalg.cholesky_ex(damped.flip(1, 2))
+        stands = info == 0
+        root = lower[stands].flip(1, 2)
+        own = root.diagonal(dim1=1, dim2=2)
+        upper[left[stands]] = (root / own[:, None]).float()
+        diagonal[left[stands]] = own.square().float()
+        left = left[~stands]
+        share[left] = (share[left] * 10).clamp(min=1e-6)
+    return Factor(upper, diagonal)
 
 
 def compensated(
@@ -86,7 +88,7 @@ def compensated(
     upper, diagonal = factored.upper, factored.diagonal
     wanted = weight.mT.contiguous()  # (stack, in, rows)
     error = torch.zeros_like(wanted)
-    codes = torch.empty(stack, columns, rows, dtype=torch.int8)
+    codes = torch.empty(stack, columns, rows, dtype=torch.int8, device=weight.device)
     scales, zeros = [], []
     step = min(BLOCK, width)
     for start in range(0, columns, width):
@@ -194,7 +196,7 @@ def descend(
             # the others' errors ask for a shift of this group: argmin over S of tr((S + others)) is -inside^-1 cross
             cross = gram[:, own] @ error - inside @ error[:, own]
             shifted = wanted[:, own] + torch.linalg.solve(inside.double(), cross.double()).float()
-            fresh, fresh_codes = torch.zeros_like(shifted), torch.empty(stack, width, rows, dtype=torch.int8)
+            fresh, fresh_codes = torch.zeros_like(shifted), torch.empty(stack, width, rows, dtype=torch.int8, device=weight.device)
             new_scale, new_zero, _ = ranges.search(shifted.mT.unsqueeze(2), small.diagonal[:, None, None], scheme, dtype, shrinks)
             new_scale = new_scale.squeeze(-1)
             new_zero = None if new_zero is None else new_zero.squeeze(-1)
