@@ -235,9 +235,9 @@ def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"transformers {versions}. {totals(rows)}", ""]
     lines += ["| model type | streams | folds | KL | plain rounding | opens | what stops it |", "|---|---|---|---|---|---|---|"]
     for row in sorted(rows, key=lambda one: str(one["model_type"])):
-        figures = [f"{row[key]:.0e}" if isinstance(row.get(key), float) else "" for key in ("streams", "kl", "kl_rounded", "opens")]
+        figures = [f"{row[key]:.1e}" if isinstance(row.get(key), float) else "" for key in ("streams", "kl", "kl_rounded", "opens")]
         count = str(row["folds"]) if isinstance(row.get("folds"), int) else ""
-        said = told(row).partition(": ")[2].replace("|", "/").replace("<", "&lt;")
+        said = (told(row).partition(": ")[2] or told(row)).replace("|", "/").replace("<", "&lt;")
         lines.append(f"| {row['model_type']} | {figures[0]} | {count} | {figures[1]} | {figures[2]} | {figures[3]} | {said} |")
     return "\n".join(lines)
 
