@@ -5,8 +5,8 @@ from pathlib import Path
 from quantkit import report
 from quantkit.errors import QuantkitError
 from quantkit.families.family import Family
-from quantkit.model.blocks import text_defaults
 from quantkit.model.checkpoint import TensorSource
+from quantkit.model.config import text_defaults
 from quantkit.plan import make_plan
 from quantkit.recipe import Recipe
 from quantkit.store import Store

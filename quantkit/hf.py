@@ -1,11 +1,13 @@
 """One import that makes transformers read our checkpoints: `import quantkit.hf`.
 
-Plain transformers (5.17 to 5.23) opens a quantized Gemma 4 experts checkpoint with random experts and only a warning, because its
-conversion table has no entry for the per-expert or fused packed names. Importing this file adds the missing entry, and never replaces
-one that a later transformers brings itself. `load_model` opens a folder and refuses whatever from_pretrained would only warn of.
+Plain transformers (5.17 to 5.23) opens quantized experts with random weights and only a warning where the original's files hold them in
+one tensor (Gemma 4's, Granite's ...), because its conversion table has no entry for the per-expert or fused packed names. Importing this
+file adds Gemma 4's entry, `register` another type's; neither takes anything from what transformers brings. `load_model` opens a folder,
+registers what it needs, and refuses whatever from_pretrained would only warn of.
 """
 
 import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 import transformers
 from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig
+from safetensors import safe_open
 from torch import Tensor
 from transformers import conversion_mapping
 from transformers.core_model_loading import ConversionOps, WeightConverter
@@ -21,6 +24,7 @@ from quantkit.errors import CheckpointError
 
 PARTS = ("weight_packed", "weight_scale", "weight_zero_point", "weight_shape")
 FUSED_PARTS = ("packed", "scale", "zero_point")
+_EXPERTS = re.compile(r".*\bexperts\.(\d+\.\w+_proj\.weight|\w+_proj)_packed")
 _TOWER = re.compile(r".*\b(vision_tower|audio_tower|embed_vision|embed_audio)\.")
 
 
@@ -91,13 +95,19 @@ def _stack(value: Any) -> Tensor:
 
 
 MODEL_TYPES = ("gemma4", "gemma4_text")  # with towers, and the text model by itself
+_taught: set[str] = set()
 
 
-def register() -> bool:
-    """Teach transformers the experts of our Gemma 4 checkpoints. False where it knows them already."""
-    unknown = [name for name in MODEL_TYPES if conversion_mapping.get_checkpoint_conversion_mapping(name) is None]
-    if not unknown:
-        return False
+def needed(model_type: str) -> bool:
+    """Does transformers by itself know no name of one expert's own matrix for this type? Its files hold experts in one tensor then."""
+    rules = conversion_mapping.get_checkpoint_conversion_mapping(model_type) or []
+    converters = [rule for rule in rules if isinstance(rule, WeightConverter)]
+    return model_type in _taught or not any("experts.*" in pattern for rule in converters for pattern in rule.source_patterns)
+
+
+def register(model_types: Iterable[str] = MODEL_TYPES) -> bool:
+    """Teach transformers the experts of our checkpoints of some types. False where it knows them already."""
+    unknown = [name for name in model_types if name not in _taught and needed(name)]
     per_expert = [
         WeightConverter([f"experts.*.{p}.{part}" for p in ("gate_proj", "up_proj") for part in PARTS], "experts.gate_up_proj", [_Decode()]),
         WeightConverter([f"experts.*.down_proj.{part}" for part in PARTS], "experts.down_proj", [_Decode()]),
@@ -107,8 +117,20 @@ def register() -> bool:
         for name in ("gate_up_proj", "down_proj")
     ]
     for name in unknown:
-        conversion_mapping.register_checkpoint_conversion_mapping(name, [*fused, *per_expert])  # saving looks from the end
-    return True
+        theirs = conversion_mapping.get_checkpoint_conversion_mapping(name) or []
+        # saving looks from the end
+        conversion_mapping.register_checkpoint_conversion_mapping(name, [*fused, *per_expert, *theirs], overwrite=True)
+        _taught.add(name)
+    return bool(unknown)
+
+
+def _holds_experts(folder: Path) -> bool:
+    """Packed experts, each under a name of its own or all in one tensor."""
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if any(_EXPERTS.fullmatch(name) for name in tensors.keys()):  # noqa: SIM118 (not a dict)
+                return True
+    return False
 
 
 def load_model(folder: str | Path, **options: Any) -> Any:
@@ -122,6 +144,8 @@ def load_model(folder: str | Path, **options: Any) -> Any:
         CheckpointError: a key is missing, unexpected or of another shape: the model that transformers built is not the one on disk.
     """
     config = transformers.AutoConfig.from_pretrained(folder)
+    if getattr(config, "quantization_config", None) is not None and _holds_experts(Path(folder)):
+        register({config.model_type, config.get_text_config().model_type})
     cls: Any = getattr(transformers, (config.architectures or [""])[0], transformers.AutoModelForCausalLM)
     try:
         model, info = cls.from_pretrained(folder, output_loading_info=True, **options)

@@ -23,24 +23,25 @@ from quantkit import report
 from quantkit.calibrate.collect import Reserve, collect
 from quantkit.calibrate.coverage import coverage_report
 from quantkit.calibrate.statistics import save_statistics
-from quantkit.discover import family_for
-from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, WriteError
+from quantkit.discover import NAMES, family_for
+from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, RecipeError, WriteError
 from quantkit.evaluate.session import Evaluation, made_from
 from quantkit.evaluate.session import evaluate as judge
 from quantkit.formats import FORMATS, Writer, other_sizes, told, writer_of
 from quantkit.inputs import Samples, input_hashes, load_recipe, name_of, open_checkpoint
 from quantkit.model.adapter import Adapted
-from quantkit.model.blocks import Skeleton, Stream, published_entries
+from quantkit.model.blocks import Skeleton, published_entries
 from quantkit.model.checkpoint import TensorSource, read_json
 from quantkit.model.hub import card_of, find_folder, is_folder, remote_headers
 from quantkit.model.memory import Memory, give_back_memory, left_for_activations, left_on_device
+from quantkit.model.streams import Stream
 from quantkit.plan import make_plan
 from quantkit.publish.card import write_card
 from quantkit.publish.manifest import listed, write_manifest
 from quantkit.ranks import Ranks
 from quantkit.recipe import Recipe
 from quantkit.report import Clock, Listener, silent
-from quantkit.run import Run
+from quantkit.run import Rounding, Run
 from quantkit.store import Store, check_room, clear, held, solved_bytes
 from quantkit.target import extremes, mixtures, pick
 from quantkit.types import Entry, Json, Plan, Statistics
@@ -105,7 +106,7 @@ def plan_and_others(
     else:
         checkpoint = open_checkpoint(model, adapter)
         config, entries, folder = checkpoint.config, checkpoint.entries, checkpoint.folder
-    table = family_for(config, family)  # an unknown architecture is better named by us than by a class that cannot be found
+    table = family_for(config, family, entries)  # an unknown architecture is better named by us than by a class that cannot be found
     entries = entries or published_entries(config)
     made = make_plan(chosen, config, entries, family=table)
     plans = {"": made}
@@ -234,6 +235,7 @@ def quantize(
         target_size: bytes of the weight files (of the first format): each linear's scheme is picked by what it costs.
         target_bits: the same by bits a weight of what is quantized, scales and zero points counted.
         family: "discovered" or a table's .yaml file, in place of a shipped table; every fold is still proven on the real weights.
+            "names" reads a table from tensor names and runs nothing: plain rounding, unproven and unscored, of what cannot be streamed.
         fresh: delete what an earlier run left in `output` and start anew.
         max_memory: bytes; activations that do not fit beside a block lie in mapped files in `output`, with the same result.
         device: where blocks are run and solved: "auto" (CUDA where there is one), "cpu" or "cuda".
@@ -269,7 +271,10 @@ def _quantized(
     """The main job, in a folder that no other run writes to."""
     with clock.phase("reading headers"):
         hashes = ranks.agreed(input_hashes(checkpoint, chosen, adapter) if ranks.first_here else None)
-        table = family_for(checkpoint.config, family)
+        table = family_for(checkpoint.config, family, checkpoint.entries)
+        runs = table.origin != NAMES  # a table read from names serves where no model can be built
+        if not runs and chosen.method != "rtn":
+            raise RecipeError(f"--family {NAMES}: nothing is run, so only plain rounding is possible; use --recipe rtn-w4")
         inputs = repr([sorted(hashes.items()), report.versions(), *([table] if family else [])])
 
         def planned(schemes: Mapping[tuple[int, str], recipes.Weights] | None = None) -> Plan:
@@ -285,7 +290,7 @@ def _quantized(
             check_room(out, sum(writer.bytes for writer in sizing[0]) + solved_bytes(plan))
         clock.blocks = len(plan.blocks)
     with clock.phase("tokenizing"):
-        samples = Samples.read(chosen, checkpoint, calibrated=chosen.method != "rtn", scored=True)
+        samples = Samples.read(chosen, checkpoint, calibrated=chosen.method != "rtn", scored=runs)
         plan = replace(plan, fingerprint=f"{plan.fingerprint} {samples.about['digest']}")  # solved blocks are those of these very tokens
         clock.tokens = samples.tokens
     if fresh and ranks.first:
@@ -298,9 +303,9 @@ def _quantized(
         staged = chosen.method != "rtn" and chosen.search.stages
         there = left_on_device(plan, ranks.device, staged)
         memory = Memory(left_for_activations(plan, max_memory, staged), out if ranks.first else None, there)
-        skeleton = Skeleton(checkpoint, plan.dtype, memory, ranks.device)
+        skeleton = Skeleton(checkpoint, plan.dtype, memory, ranks.device) if runs else None
     target: Json | None = None
-    if chosen.has_target:
+    if chosen.has_target and skeleton is not None:  # a target is never plain rounding's
         first, fingerprint = chosen.formats[0], plan.fingerprint
 
         def remade(schemes: Mapping[tuple[int, str], recipes.Weights]) -> Plan:
@@ -317,7 +322,9 @@ def _quantized(
         for wanted in (chosen.formats if ranks.first else ())
     }
     with clock.phase("building the skeleton"):
-        run = Run.start(chosen, plan, skeleton, store, ranks, clock, samples.calibration, samples.heldout, samples.reserve)
+        run: Run | Rounding = Rounding(plan, checkpoint, store, clock)
+        if skeleton is not None:
+            run = Run.start(chosen, plan, skeleton, store, ranks, clock, samples.calibration, samples.heldout, samples.reserve)
     reports = []
     for block_plan in plan.blocks:
         with clock.block(counts=block_plan.index not in run.known):

@@ -22,10 +22,12 @@ from quantkit.calibrate.observe import observe, sensitivity
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluate.divergence import Score, Scores, compare
 from quantkit.grid.decoded import decoded
-from quantkit.model.blocks import Skeleton, State, Stream
+from quantkit.model.blocks import Skeleton
+from quantkit.model.checkpoint import TensorSource
 from quantkit.model.experts import replace_weight, weight_of
 from quantkit.model.memory import give_back_memory
 from quantkit.model.proof import PROVEN, fold_change
+from quantkit.model.streams import State, Stream
 from quantkit.ranks import Ranks
 from quantkit.recipe import Recipe
 from quantkit.report import Clock
@@ -351,6 +353,40 @@ class Run:
         return total.as_json()
 
 
+@dataclass(slots=True)
+class Rounding:
+    """Plain rounding straight from the checkpoint's tensors, for a model that cannot be run: no class is built, no sample is scored."""
+
+    plan: Plan
+    checkpoint: TensorSource
+    store: Store | None  # the first rank's: the others have nothing to do
+    clock: Clock
+    coverage: Sequence[BlockStatistics] = ()
+
+    @property
+    def known(self) -> Container[int]:
+        return [block.index for block in self.plan.blocks if self.store is not None and block.index in self.store]
+
+    def block(self, plan: BlockPlan) -> Json:
+        """One block, each linear by itself."""
+        if self.store is None:
+            return {}
+        if plan.index not in self.store:
+            with self.clock.phase("solving", plan.index):
+                linears = [linear for linear in plan.linears if linear.scheme]
+                weights = {one.local: self.checkpoint.view(one.source.tensor).to(self.plan.dtype) for one in linears}
+                for one in linears:
+                    check_weight(one, weights[one.local])
+                solved = solve_linears(linears, weights, Folding(), Pooled({}, 0), Effort(folds=False, shrinks=1))
+            with self.clock.phase("storing", plan.index):
+                self.store.put(SolvedBlock(plan.index, solved, {}, ()))
+        return report.block_report(plan, self.store.get(plan), observed=False)
+
+    def score(self) -> Json:
+        """Of no token."""
+        return Scores().as_json()
+
+
 def effort_of(recipe: Recipe) -> Effort:
     if recipe.method == "rtn":
         return Effort(folds=False, shrinks=1)
@@ -391,9 +427,18 @@ def block_weights(plan: BlockPlan, block: nn.Module, skeleton: Skeleton, dtype: 
         weight = weight_of(block, linear.local)
         # published leftovers that the model does not read (keys and values of layers that borrow them) have no module
         weights[linear.local] = checkpoint.view(linear.source.tensor).to(device, dtype) if weight is None else weight
-        if not bool(weights[linear.local].isfinite().all()):
-            raise CheckpointError(f"{linear.source.tensor}: holds NaN or infinity; the checkpoint is damaged")
+        check_weight(linear, weights[linear.local])
     return weights, {local: checkpoint.view(name).to(device, dtype) for local, name in plan.kept.items()}
+
+
+def check_weight(linear: Linear, weight: Tensor) -> None:
+    """Refuse a weight that is not finite.
+
+    Raises:
+        CheckpointError: NaN or infinity.
+    """
+    if not bool(weight.isfinite().all()):
+        raise CheckpointError(f"{linear.source.tensor}: holds NaN or infinity; the checkpoint is damaged")
 
 
 def _check_stats(plan: BlockPlan, block: nn.Module, stats: Mapping[str, InputStats]) -> None:

@@ -19,9 +19,10 @@ from quantkit.calibrate.observe import observe
 from quantkit.disk import write_whole
 from quantkit.errors import RecipeError
 from quantkit.families import gguf_of
-from quantkit.model.blocks import Skeleton, State, Stream
+from quantkit.model.blocks import Skeleton
 from quantkit.model.memory import give_back_memory
 from quantkit.model.proof import outputs_with
+from quantkit.model.streams import State, Stream
 from quantkit.plan import GRIDS, SUPER, any_match, served_as
 from quantkit.recipe import Recipe, Weights
 from quantkit.report import Clock

@@ -19,8 +19,9 @@ import yaml
 from quantkit import pipeline
 from quantkit.calibrate.observe import observe
 from quantkit.inputs import Samples
-from quantkit.model.blocks import Skeleton, Stream
+from quantkit.model.blocks import Skeleton
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.streams import Stream
 from quantkit.plan import make_plan
 from quantkit.recipe import load_recipe
 from quantkit.run import block_weights, effort_of

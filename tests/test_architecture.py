@@ -29,7 +29,7 @@ SEES = {  # of the shelves; cli, pipeline and run see all of them
     "solve": {"grid"},
     "write": {"families", "model", "grid", "store"},
     "evaluate": {"recipe", "report", "hf"},  # never model, solve, write: a stranger to what made the files
-    "publish": {"report"},
+    "publish": {"report", "hf"},  # hf: to say what transformers opens by itself
 }
 EVERYWHERE = {"torch", "numpy", "safetensors", "jaxtyping"}
 ONLY = {  # every other library has its rooms

@@ -10,8 +10,9 @@ from quantkit.calibrate.collect import Reserve, collect
 from quantkit.calibrate.coverage import cells_of, coverage_report, hungry, top_up, watch_routing
 from quantkit.calibrate.draw import Row
 from quantkit.calibrate.observe import observe
-from quantkit.model.blocks import Skeleton, State, Stream
+from quantkit.model.blocks import Skeleton
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.streams import State, Stream
 from quantkit.types import Batch, BlockStatistics
 
 MOE = ("gemma4_moe", "qwen3_moe", "mixtral")

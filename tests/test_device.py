@@ -11,8 +11,9 @@ from click.testing import CliRunner
 from test_streaming import batches, checkpoint, one_thread, root  # noqa: F401
 
 from quantkit.cli import main
-from quantkit.model.blocks import Skeleton, Stream
+from quantkit.model.blocks import Skeleton
 from quantkit.model.memory import Memory
+from quantkit.model.streams import Stream
 
 HERE = Path(__file__).parent
 

@@ -1,31 +1,33 @@
 """A table that is found on a random twin says what the shipped one says; known-wrong folds are not among what it finds."""
 
+import json
+import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors.torch
 import tiny
 import torch
 import transformers
 from test_families import TWINS, WRONG_FOLDS
 
 from quantkit.discover import Discovery, as_yaml, discover, family_for
-from quantkit.errors import FamilyError, QuantkitError
+from quantkit.errors import FamilyError, QuantkitError, RecipeError
 from quantkit.hf import load_model
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.twin import logits_of
 from quantkit.pipeline import quantize
 from quantkit.plan import make_plan
+from quantkit.publish.artefact import open_artefact
+from quantkit.publish.verify import verify
 from quantkit.recipe import load_recipe
 from quantkit.types import BlockPlan
-
-# What a twin cannot know: low-rank side paths are linears like any other, our tables keep them because engines do.
-SIDE_PATHS = {
-    "gemma3n": {"laurel.linear_left", "laurel.linear_right", "per_layer_input_gate", "per_layer_projection"},
-    "gemma3n_text": {"laurel.linear_left", "laurel.linear_right", "per_layer_input_gate", "per_layer_projection"},
-    "gemma4_e": {"per_layer_input_gate", "per_layer_projection"},
-}
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -66,20 +68,15 @@ def test_what_is_found_is_what_ships(name, discovered, checkpoints):
     source = checkpoints(name)
     shipped = make_plan(load_recipe("awq-w4"), source.config, source.entries)
     found = make_plan(load_recipe("awq-w4"), source.config, source.entries, family=discovered(name).family)
-    aside = SIDE_PATHS.get(name, set())
     assert (found.norm_offset, found.kept) == (shipped.norm_offset, shipped.kept)
     for ours, theirs in zip(shipped.blocks, found.blocks, strict=True):
-        more = {linear.local for linear in theirs.linears} - {linear.local for linear in ours.linears}
-        assert more == aside
-        linears = {linear.local: linear for linear in theirs.linears if linear.local not in aside}
-        assert linears == {linear.local: linear for linear in ours.linears}
-        assert {fold.producer: (set(fold.consumers), fold.head) for fold in theirs.folds if fold.producer not in aside} == {
+        assert {linear.local: linear for linear in theirs.linears} == {linear.local: linear for linear in ours.linears}
+        assert {fold.producer: (set(fold.consumers), fold.head) for fold in theirs.folds} == {
             fold.producer: (set(fold.consumers), fold.head) for fold in ours.folds
         }
-        assert {local: tensor for local, tensor in ours.kept.items() if local.removesuffix(".weight") not in aside} == theirs.kept
+        assert theirs.kept == ours.kept
         assert theirs.residual == ours.residual
-        stages = [set(stage) - aside for stage in theirs.stages]
-        assert set().union(*stages) == {linear.local for linear in ours.linears if linear.scheme}
+        assert {local for stage in theirs.stages for local in stage} == {linear.local for linear in ours.linears if linear.scheme}
 
 
 @pytest.mark.parametrize("name", TWINS)
@@ -154,7 +151,7 @@ def test_a_table_that_is_none_is_refused(edit, words, discovered, checkpoints, t
 def test_the_refusal_of_an_unknown_model_type_names_the_command():
     with pytest.raises(FamilyError, match="quantkit families discover"):
         family_for({"model_type": "olmo2"}, None)
-    with pytest.raises(FamilyError, match=r"give 'discovered', or the .yaml file"):
+    with pytest.raises(FamilyError, match=r"give 'discovered', 'names', or the .yaml file"):
         family_for({"model_type": "olmo2"}, "llama")
 
 
@@ -183,15 +180,23 @@ def test_norms_behind_the_sublayers_have_no_readers():
     assert family.residual == {}
 
 
+def test_gated_norms_and_modules_around_linears_are_no_obstacle():
+    folds = {fold.producer: set(fold.consumers) for fold in discover(made("qwen3_next")).family.folds}
+    mixers = {"linear_attn.in_proj_qkvz", "linear_attn.in_proj_ba", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"}
+    assert folds["input_layernorm"] == mixers
+
+
 @pytest.mark.parametrize(
     "config, words",
     [
-        (made("gpt_oss"), "quantkit cannot stream this model"),
+        (made("gpt_oss"), "mlp.experts (GptOssExperts): experts of this layout (biases, transposed, interleaved or ungated), which stay"),
+        (made("jetmoe"), "outside transformers' experts interface, which stay"),
+        (made("jamba"), "mamba.dt_proj: nothing called it"),
         (made("phimoe"), None),
     ],
     ids=lambda value: value["model_type"] if isinstance(value, dict) else "",
 )
-def test_what_cannot_be_streamed_is_said(config, words):
+def test_what_is_not_quantized_is_said(config, words):
     notes = discover(config).notes
     assert any(words in note for note in notes) if words else not notes
 
@@ -199,8 +204,8 @@ def test_what_cannot_be_streamed_is_said(config, words):
 @pytest.mark.parametrize(
     "config, words",
     [
-        (made("gpt2"), "no num_hidden_layers"),
-        (made("opt"), "not at model.layers.N"),
+        (made("bart"), "an encoder and a decoder"),
+        (made("gpt2"), "transformer.h.N, where quantkit does not look"),
         ({"model_type": "nobody_knows_it"}, "transformers cannot read"),
         ({"model_type": "own", "auto_map": {"AutoModel": "own.Model"}}, "code of its own"),
         (made("clip"), "no causal language model"),
@@ -256,3 +261,76 @@ def test_a_family_that_does_not_ship_goes_from_config_to_folder(model_type, tmp_
         logits = [one(input_ids=tokens, use_cache=False).logits for one in (original, opened)]
     error = (logits[1] - logits[0]).norm() / (logits[0] - logits[0].mean(-1, keepdim=True)).norm()
     assert 0 < error < 0.2
+
+
+# -- what cannot be run --------------------------------------------------------------------------------------------------------------
+
+
+def renamed(source: Path, kind: str) -> Path:
+    """A model folder as a publisher's whose class no transformers has."""
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"model_type": kind, "architectures": [f"{kind}ForCausalLM"]}))
+    return source
+
+
+@pytest.mark.parametrize("name", ["llama", "mixtral"])
+def test_a_model_without_a_class_is_rounded_by_names_alone(name, tmp_path):
+    known = quantize(str(tiny.build(name, tmp_path / "known")), recipe="rtn-w4", output=tmp_path / "one")
+    source = renamed(tiny.build(name, tmp_path / "model"), "brandnew")
+    with pytest.raises(FamilyError, match="the architecture 'brandnew' is not known"):
+        quantize(str(source), recipe="rtn-w4", output=tmp_path / "two")
+    with pytest.raises(QuantkitError, match="transformers cannot read it"):
+        quantize(str(source), recipe="rtn-w4", output=tmp_path / "two", family="discovered")
+    with pytest.raises(RecipeError, match="nothing is run, so only plain rounding is possible; use --recipe rtn-w4"):
+        quantize(str(source), output=tmp_path / "two", family="names")
+    made = quantize(str(source), recipe="rtn-w4", output=tmp_path / "two", family="names")
+    assert made.report["family"] == "brandnew (names)"
+    assert made.scores["tokens"] == 0
+    folder = made.artefacts["compressed-tensors"]
+    ours, theirs = (safetensors.torch.load_file(one / "model.safetensors") for one in (folder, known.artefacts["compressed-tensors"]))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    assert name == "llama" or "model.layers.0.block_sparse_moe.gate.weight" in ours
+    assert "rounded without proof of function, not streamed" in (folder / "README.md").read_text()
+    assert verify(open_artefact(folder)).good
+
+
+def test_a_table_of_a_file_is_proven_to_stream_too(discovered, checkpoints, tmp_path, monkeypatch):
+    path = tmp_path / "table.yaml"
+    path.write_text(as_yaml(discovered("mixtral")))
+    config = checkpoints("mixtral").config
+    assert family_for(config, str(path)).origin == "table.yaml"
+    monkeypatch.setattr("quantkit.discover.streamed", lambda model: 1.01 * logits_of(model))
+    for asked in (str(path), "discovered"):
+        with pytest.raises(FamilyError, match=r"one block at a time, mixtral computes other logits .*--recipe rtn-w4 --family names"):
+            family_for(config, asked)
+
+
+# -- the census ----------------------------------------------------------------------------------------------------------------------
+
+PAGE = (Path(__file__).parents[1] / "docs" / "families.md").read_text()
+
+
+def test_the_page_tells_the_totals_of_its_rows():
+    told = re.search(r"(\d+) model types: (\d+) stream .*?found for (\d+), (\d+) quantize and open again .*?, (\d+) are wrong", PAGE)
+    assert told is not None
+    rows = [line.split("|")[1:-1] for line in PAGE.splitlines() if re.match(r"\| [\w.-]+ \| *(\S*e[-+]\d+)? *\|", line)]
+    figures = [[cell.strip() for cell in row] for row in rows]
+    streams, folds, opens = (sum(bool(row[column]) for row in figures) for column in (1, 2, 5))
+    assert [int(number) for number in told.groups()] == [len(figures), streams, folds, opens, 0]
+    assert (streams >= 60, opens >= 50) == (True, True)
+    shipped = {"llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "mixtral", "gemma3_text", "gemma3n_text", "gemma4_text"}
+    assert shipped <= {row[0] for row in figures if row[5]}
+
+
+@pytest.mark.parametrize("model_type", ["olmo2", "granitemoe"])
+def test_rows_of_the_census_come_out_again(model_type, tmp_path):
+    census = Path(__file__).parents[1] / "benchmarks" / "families.py"
+    asked = [sys.executable, str(census), "--types", model_type, "--results", str(tmp_path / "census")]
+    done = subprocess.run(asked, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": str(census.parents[1])})
+    assert done.stdout.splitlines()[0] == f"{model_type}: good", done.stdout + done.stderr[-2000:]
+    row = json.loads((tmp_path / "census" / f"{model_type}.json").read_text())
+    told = re.search(rf"^\| {model_type} \| \S+ \| (\d+) \| (\S+) \| (\S+) \|", PAGE, re.MULTILINE)
+    assert told is not None
+    assert row["folds"] == int(told[1])
+    assert [row["kl"], row["kl_rounded"]] == pytest.approx([float(told[2]), float(told[3])], rel=0.1)

@@ -14,9 +14,10 @@ from quantkit import pipeline
 from quantkit.calibrate.observe import observe
 from quantkit.cli import main
 from quantkit.errors import CheckpointError
-from quantkit.model.blocks import Skeleton, Stream
+from quantkit.model.blocks import Skeleton
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.memory import Activations, Memory, resident
+from quantkit.model.streams import Stream
 from quantkit.types import Batch
 
 KIB = 1024

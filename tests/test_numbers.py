@@ -12,8 +12,9 @@ from torch import Tensor
 
 from quantkit import pipeline
 from quantkit.errors import CheckpointError, WriteError
-from quantkit.model.blocks import Skeleton, Stream
+from quantkit.model.blocks import Skeleton
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.streams import Stream
 from quantkit.publish.packed import Packed
 from quantkit.types import Batch
 

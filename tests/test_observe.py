@@ -7,8 +7,9 @@ from test_streaming import batches, checkpoint, one_thread, root  # noqa: F401
 
 from quantkit.calibrate.observe import HELD, observe, sensitivity
 from quantkit.model import proof
-from quantkit.model.blocks import Skeleton, State, Stream
+from quantkit.model.blocks import Skeleton
 from quantkit.model.experts import replace_weight, weight_of
+from quantkit.model.streams import State, Stream
 from quantkit.types import Batch
 
 

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from quantkit.model.blocks import Skeleton, Stream, published_entries
+from quantkit.model.blocks import Skeleton, published_entries
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.streams import Stream
 from quantkit.types import Batch
 
 ROOT = Path(__file__).parents[1]

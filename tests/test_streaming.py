@@ -9,8 +9,9 @@ import torch
 import transformers
 
 from quantkit.calibrate.observe import observe
-from quantkit.model.blocks import Skeleton, State, Stream
+from quantkit.model.blocks import Skeleton
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.streams import State, Stream
 from quantkit.types import Batch
 
 LONGER_THAN_THE_WINDOW = (48, 40, 48)

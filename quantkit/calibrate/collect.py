@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from quantkit.calibrate.coverage import top_up, watch_routing
-from quantkit.model.blocks import Skeleton, State, Stream
+from quantkit.model.blocks import Skeleton
 from quantkit.model.experts import is_experts
+from quantkit.model.streams import State, Stream
 from quantkit.types import Batch, BlockStatistics, InputStats
 
 
@@ -125,7 +126,7 @@ def _fed(
     with watch_routing(block, stream.batches, cells) as routing, _watching(block, grams) as watch:
         for number, batch in enumerate(stream.batches):
             watch.counted, watch.last = batch.counted.reshape(-1), (None, "")
-            state.hidden[number] = stream.run(block, state, number)
+            state.pass_on(number, stream.run(block, state, number))
     stats = {local: InputStats(s.tokens, s.abs, s.square, s.gram) for local, s in watch.sums.items()}
     return stats | {local: stats[first] for local, first in watch.same.items()}, routing
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.kept import Kept
 from quantkit.errors import CheckpointError
-from quantkit.model.blocks import State, Stream
 from quantkit.model.experts import is_experts
+from quantkit.model.streams import State, Stream
 from quantkit.types import Batch, InputStats
 
 HELD = 20  # every twentieth row is held back, for judging
@@ -179,12 +179,12 @@ def observe(
                 pair, out = other.run(stream, beside[1], number, whole=move)
                 if move:
                     assert out is not None
-                    beside[1].hidden[number] = out
+                    beside[1].pass_on(number, out)
             whole = (move and other is None) or (kept is not None and kept.finds)
             run, out = tap.run(stream, state, number, whole=whole, routing=pair.routing if pair else None)
             if move and other is None:
                 assert out is not None
-                state.hidden[number] = out
+                state.pass_on(number, out)
             _add(sums, swap(list(_parts(run, pair, batch, held, residual or {}, grams, stream.skeleton.open))), tap.counts)
     for one in (kept, kept_beside):
         if one is not None:

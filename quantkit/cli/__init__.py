@@ -57,7 +57,9 @@ TARGET_BITS = click.option(
     "--target-bits", type=click.FloatRange(2, 16), help="The same by bits a weight of what is quantized, scales counted: 4.25."
 )
 FAMILY = click.option(
-    "--family", metavar="TABLE", help="In place of a shipped table: `discovered`, or a file that `quantkit families discover` wrote."
+    "--family",
+    metavar="TABLE",
+    help="In place of a shipped table: `discovered`, a file that `quantkit families discover` wrote, or `names` (plain rounding only).",
 )
 FEW_TOKENS = 4096  # below, a run says so
 

@@ -1,6 +1,7 @@
 """A family's table, found on a random twin of its config: no name is known beforehand, every line is tried.
 
 twin       <- config               the text model's structure, small, random weights (model/twin.py)
+proof      <- twin                 block by block it computes what it computes as a whole, or nothing can be calibrated
 calls      <- one forward          which module read which tensor, in what order
 folds      <- calls, trials        random scales leave a producer and enter its readers; kept if the logits stay and half of it shows
 the rest   <- calls, shapes        routers and narrow linears stay, names on disk, stages, what is added to the residual
@@ -21,13 +22,17 @@ from quantkit import families
 from quantkit.discover import table
 from quantkit.discover.calls import watch
 from quantkit.discover.folds import Trials, norm_folds, row_folds
-from quantkit.errors import FamilyError
+from quantkit.discover.names import NAMES, by_names
+from quantkit.errors import FamilyError, QuantkitError
 from quantkit.families.family import Family, Fold, in_block
-from quantkit.model.twin import build_twin, logits_of
+from quantkit.model.blocks import decoder_blocks
+from quantkit.model.twin import build_twin, streamed
 from quantkit.recipe import load_family_table
-from quantkit.types import Json
+from quantkit.types import Entry, Json
 
 DISCOVERED = "discovered"
+STREAMS = 1e-4  # relative change of the twin's logits that sums in another order explain
+INSTEAD = f"`--recipe rtn-w4 --family {NAMES}` rounds its linears without running it; for more use a tool that loads the whole model"
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,19 +45,37 @@ class Discovery:
     notes: tuple[str, ...]
 
 
-def family_for(config: Json, asked: str | None) -> Family:
-    """The table that `--family` asks for: the shipped one where nothing is asked, one found on a twin, or a file's.
+def family_for(config: Json, asked: str | None, entries: Mapping[str, Entry] | None = None) -> Family:
+    """The table that `--family` asks for: the shipped one where nothing is asked, one found on a twin or read from names, or a file's.
+
+    Args:
+        entries: the checkpoint's tensors, where they are at hand; a table from names needs them.
 
     Raises:
-        FamilyError: no table is shipped; the file is none, or speaks of other model types; nothing could be found.
+        FamilyError: no table is shipped; the file is none, or speaks of other model types; nothing could be found; a model that has a
+            file's table and computes something else one block at a time.
     """
     if asked is None:
         return families.find(config)[0]
     if asked == DISCOVERED:
         return discover(config).family
+    if asked == NAMES:
+        if not entries:
+            raise FamilyError(
+                f"--family {NAMES}: rounds a checkpoint's tensors by their names and runs nothing; give quantize the model's folder"
+            )
+        return by_names(config, entries)
     if Path(asked).suffix not in (".yaml", ".yml"):
-        raise FamilyError(f"--family {asked}: give {DISCOVERED!r}, or the .yaml file of a table (`quantkit families discover` writes one)")
-    return families.from_table(load_family_table(Path(asked)), Path(asked).name)
+        raise FamilyError(
+            f"--family {asked}: give {DISCOVERED!r}, {NAMES!r}, or the .yaml file of a table (`quantkit families discover` writes one)"
+        )
+    table = families.from_table(load_family_table(Path(asked)), Path(asked).name)
+    try:
+        twin = _running_twin(config)
+    except QuantkitError:  # written by hand because no twin can be built
+        return table
+    _blocks_of(*twin)
+    return table
 
 
 @torch.no_grad()
@@ -60,16 +83,18 @@ def discover(config: Json) -> Discovery:
     """A table for the architecture of a config.json; 0.1 to 5 s, whatever the model's size.
 
     Raises:
-        FamilyError: no twin can be built, or its decoder blocks are not where quantkit looks for them.
+        FamilyError: no twin can be built, it does not stream, or nothing in it can be quantized.
         CheckpointError: transformers cannot read the config.
     """
     model, logits = _running_twin(config)
-    blocks = _blocks_of(model)
+    blocks = _blocks_of(model, logits)
     calls, outputs = watch(model, blocks)
-    notes = list(table.obstacles(blocks, calls, outputs))
+    notes = list(table.obstacles(blocks, calls))
     trials = Trials(model, blocks, logits)
-    kept_linears = table.staying(config, blocks)
+    kept_linears = table.staying(config, model, calls)
     linears = table.linears(blocks, calls, kept_linears)
+    if not linears:
+        raise FamilyError(f"config.json: no linear of {model.config.model_type} can be quantized ({'; '.join(notes) or 'all are kept'})")
     evidence: dict[str, str] = {}
     rejected: list[str] = []
     folds: list[Fold] = []
@@ -103,27 +128,34 @@ def discover(config: Json) -> Discovery:
 
 def _running_twin(config: Json) -> tuple[Any, Tensor]:
     """The twin in fp64, or in fp32 where the architecture computes in no other."""
-    for dtype in (torch.float64, torch.float32):
-        model = build_twin(config, dtype)
-        try:
-            logits = logits_of(model)
-        except Exception as problem:
-            said = f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
-            continue
-        if not bool(logits.isfinite().all()):
-            raise FamilyError(f"config.json: a small random {model.config.model_type} computes no finite logits; write its table by hand")
-        return model, logits
-    raise FamilyError(f"config.json: a small {model.config.model_type} does not run on a CPU ({said}); write its table by hand")
+    try:
+        return build_twin(config, torch.float64)
+    except FamilyError:
+        return build_twin(config, torch.float32)
 
 
-def _blocks_of(model: Any) -> list[nn.Module]:
-    layers = getattr(model.get_decoder(), "layers", None)
-    place = next((name for name, module in model.named_modules() if module is layers), "")
-    if not isinstance(layers, nn.ModuleList) or in_block(f"{place}.0.weight") is None:
+def _blocks_of(model: Any, logits: Tensor) -> list[nn.Module]:
+    """The decoder's blocks, proven to stream.
+
+    Raises:
+        FamilyError: they are not found, or compute something else one at a time.
+    """
+    place, layers = decoder_blocks(model)
+    kind = model.config.model_type
+    if in_block(f"{place}.0.weight") is None:
         raise FamilyError(
-            f"config.json: the decoder blocks of {model.config.model_type} are not at model.layers.N; quantkit cannot stream them, so "
-            "use a tool that loads the whole model"
+            f"config.json: the decoder blocks of {kind} are at {place}.N, where quantkit does not look for them; use a tool that loads the "
+            "whole model"
         )
+    try:
+        moved = float((streamed(model) - logits).abs().max() / logits.abs().max())
+    except QuantkitError as problem:
+        raise FamilyError(f"{problem}; {INSTEAD}") from None
+    except Exception as problem:  # whatever a class does that expects all its blocks
+        said = f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
+        raise FamilyError(f"config.json: {kind} does not run one block at a time ({said}); {INSTEAD}") from None
+    if not moved < STREAMS:
+        raise FamilyError(f"config.json: one block at a time, {kind} computes other logits (they move by {moved:.0e}); {INSTEAD}")
     return list(layers)
 
 

@@ -1,14 +1,15 @@
 """Which module read which tensor, in what order: one forward of the twin, watched."""
 
+import copy
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from quantkit.model.experts import is_experts
+from quantkit.model.experts import is_linear
 from quantkit.model.twin import logits_of
 
 
@@ -53,6 +54,41 @@ def watch(model: Any, blocks: list[nn.Module]) -> tuple[list[list[Call]], list[A
     return calls, outputs
 
 
+def read_elsewhere(model: Any, place: str) -> Iterator[str]:
+    """Linears whose weight other code reads than their own forward: an engine that keeps them packed has no such tensor there."""
+    spare = copy.deepcopy(model)
+    hollow = copy.deepcopy(model).to("meta")  # from_pretrained initializes modules, which costs nothing here
+    initialized = [module for module in hollow.modules() if _runs(hollow._init_weights, module)]
+    linears = [name for name, module in spare.get_submodule(place).named_modules() if is_linear(module)]
+    for local in dict.fromkeys(name.partition(".")[2] for name in linears):
+        names = [f"{place}.{name}" for name in linears if name.partition(".")[2] == local]
+        opened = [_close(one.get_submodule(name)) for name in names for one in (spare, hollow)]
+        if not _runs(logits_of, spare) or not all(_runs(hollow._init_weights, module) for module in initialized):
+            yield local
+        for again in opened:
+            again()
+
+
+def _close(module: Any) -> Callable[[], None]:
+    """Take a linear's weight out of sight. Returns what brings it back."""
+    weight = module._parameters.pop("weight")
+    module.forward = lambda x: nn.functional.linear(x, weight, module.bias)
+
+    def again() -> None:
+        del module.forward
+        module.weight = weight
+
+    return again
+
+
+def _runs(call: Callable[[Any], Any], value: Any) -> bool:
+    try:
+        call(value)
+    except AttributeError:
+        return False
+    return True
+
+
 def same(one: Tensor, other: Tensor | None) -> bool:
     """The same values in the same memory: the tensor itself, or a view of all of it."""
     return other is not None and one.untyped_storage().data_ptr() == other.untyped_storage().data_ptr() and one.numel() == other.numel()
@@ -64,13 +100,6 @@ def starred(local: str) -> str:
 
 def parts_of(local: str) -> tuple[str, str, str]:
     return tuple(f"{local}.*.{leaf}_proj" for leaf in ("gate", "up", "down"))  # type: ignore[return-value]
-
-
-def readable(module: nn.Module) -> bool:
-    """Experts whose layout quantkit computes."""
-    return is_experts(module) and bool(
-        module.has_gate and not module.has_bias and not module.is_transposed and not getattr(module, "has_post_expert_norm", False)
-    )
 
 
 def is_norm(call: Call) -> bool:

@@ -7,8 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from quantkit.discover.calls import Call, is_norm, parts_of, readable, same, starred
+from quantkit.discover.calls import Call, is_norm, parts_of, same, starred
 from quantkit.families.family import Fold
+from quantkit.model.experts import is_linear, readable
 from quantkit.model.twin import logits_of
 
 SAME = 1e-5  # relative change of the logits that rounding explains
@@ -53,7 +54,7 @@ def _offset_of(call: Call) -> float:
         for value in (0.0, 1.0):
             weight.fill_(value)
             outs.append(call.module(call.read) - shift)
-    except TypeError:  # a gated norm reads more than one tensor: left alone, for no trial succeeds with it
+    except Exception:  # a gated norm reads more than one tensor: left alone, for no trial succeeds with it
         return float("nan")
     finally:
         weight.copy_(before)
@@ -83,8 +84,8 @@ def norm_folds(trials: Trials, calls: list[list[Call]], folds: list[Fold], evide
                 scale = trials.scale(len(weight))
                 for reader in readers:
                     columns = _columns(reader, len(weight))
-                    if columns is None:
-                        without = reader.local
+                    if columns is None:  # a module around others is read through them; what it does besides, the trial shows
+                        without = without if next(reader.module.children(), None) else reader.local
                         continue
                     enter.append((columns, columns * scale))
                     consumers |= dict.fromkeys(parts_of(reader.local)[:2] if readable(reader.module) else (reader.local,))
@@ -130,7 +131,7 @@ def row_folds(
     pairs: dict[tuple[str, str], list[tuple[Call, Call]]] = {}
     experts: dict[str, list[nn.Module]] = {}
     for block_calls in calls:
-        ours = [call for call in block_calls if isinstance(call.module, nn.Linear) and call.local in allowed]
+        ours = [call for call in block_calls if is_linear(call.module) and call.local in allowed]
         for place, first in enumerate(ours):
             for second in ours[place + 1 :]:
                 rows, columns = first.module.out_features, second.module.in_features  # type: ignore[operator]

@@ -147,8 +147,9 @@ GGUF_PER_LAYER_NAMES = {
 # Linears that serving engines store as one matrix: they must share a scheme (contract: vLLM refuses a mixed q, k, v).
 SERVED_AS_ONE = (QKV, GATE_UP)
 
-_BLOCK = re.compile(r"(?P<prefix>(?:(?:model|language_model|text_model)\.)*layers\.(?P<index>\d+)\.)(?P<local>.+)")
-_OUTSIDE = re.compile(r"(?:(?:model|language_model|text_model)\.)*(?P<rest>.+)")
+_ABOVE = r"(?:(?:model|language_model|text_model|backbone|decoder|llm|gpt_neox)\.)*"  # no tower is called so
+_BLOCK = re.compile(rf"(?P<prefix>{_ABOVE}layers\.(?P<index>\d+)\.)(?P<local>.+)")
+_OUTSIDE = re.compile(rf"{_ABOVE}(?P<rest>.+)")
 
 
 def in_block(name: str) -> tuple[str, int, str] | None:

@@ -1,29 +1,18 @@
-"""Run a transformers 5 causal LM one decoder block at a time, straight from its safetensors shards. No family is named here.
+"""A transformers 5 causal LM without its blocks' weights, filled one decoder block at a time from safetensors shards. No family is named.
 
-    skeleton = Skeleton(checkpoint, torch.bfloat16) # the model on the meta device; embeddings, norm and head as mapped pages
-    stream = Stream(skeleton, batches)
-    state = stream.start()                          # hidden states before block 0; state.fork() for a second stream
-    for i in range(len(skeleton.blocks)):
-        with skeleton.block(i) as block:            # filled from the shards, emptied on exit
-            stream.advance(block, state)
-    logits = stream.logits(state, batch, part)      # the model's own tail on the streamed hidden states
-
-How: the real model runs its own forward with `block.forward` replaced on the instance, so that every family's arguments (positions,
-masks, per-layer inputs, shared keys and values) come from transformers itself; so do the names, from its conversion rules.
+Names of tensors are the model's own, made from the checkpoint's by transformers' conversion rules. `streams` runs batches through it.
 """
 
 import copy
-from collections import UserDict
-from collections.abc import Callable, Iterator, MutableSequence, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from jaxtyping import Float
 from torch import Tensor, nn
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key, rename_source_key, revert_weight_conversion
@@ -32,12 +21,9 @@ from transformers.initialization import meta_device_safe_creation_ops
 from quantkit.errors import CheckpointError, FamilyError
 from quantkit.model import experts
 from quantkit.model.checkpoint import TensorSource
-from quantkit.model.memory import Activations, Memory
-from quantkit.types import Batch, Entry, Json
-
-
-class _Captured(Exception):
-    """Leaves the model's forward once the wanted block's arguments are known."""
+from quantkit.model.config import parse_config, said
+from quantkit.model.memory import Memory
+from quantkit.types import Entry, Json
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +52,7 @@ def hollow_model(config: Json, folder: Path | None, dtype: torch.dtype) -> Any:
     try:
         parsed = parse_config(config)
     except Exception as problem:  # transformers raises anything on a config that contradicts itself
-        raise CheckpointError(f"{folder or 'config'}: transformers cannot read this config.json ({_line(problem)})") from None
+        raise CheckpointError(f"{folder or 'config'}: transformers cannot read this config.json ({said(problem)})") from None
     options: dict[str, Any] = {"dtype": dtype, "experts_implementation": experts.IMPLEMENTATION}
     with torch.device("meta"), meta_device_safe_creation_ops():
         try:
@@ -76,30 +62,8 @@ def hollow_model(config: Json, folder: Path | None, dtype: torch.dtype) -> Any:
             text_cls: Any = transformers.AutoModelForCausalLM._model_mapping[type(text)]
             model = text_cls._from_config(text, **options)
         except Exception as problem:
-            raise CheckpointError(f"{folder or 'config'}: {name} cannot be built from this config.json ({_line(problem)})") from None
+            raise CheckpointError(f"{folder or 'config'}: {name} cannot be built from this config.json ({said(problem)})") from None
     return model.eval().requires_grad_(False)
-
-
-def parse_config(config: Json) -> Any:
-    """transformers' own object; raises whatever transformers raises."""
-    fields = {k: v for k, v in config.items() if k not in ("quantization_config", "auto_map")}
-    return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
-
-
-def text_defaults(config: Json) -> Json:
-    """The text part of a config.json with the defaults that its transformers class fills in: published ones leave many out.
-
-    Raises:
-        CheckpointError: transformers cannot read it.
-    """
-    try:
-        return dict(parse_config(config).get_text_config().to_dict())
-    except Exception as problem:
-        raise CheckpointError(f"config.json: transformers cannot read it ({_line(problem)})") from None
-
-
-def _line(problem: BaseException) -> str:
-    return f"{type(problem).__name__}: {' '.join(str(problem).split())[:160]}"
 
 
 def published_entries(config: Json, dtype: torch.dtype = torch.bfloat16) -> dict[str, Entry]:
@@ -127,8 +91,27 @@ def hollow_text_model(config: Json, dtype: torch.dtype, **options: Any) -> Any:
         with torch.device("meta"), meta_device_safe_creation_ops():
             model = cls._from_config(text, dtype=dtype, **options)
     except Exception as problem:
-        raise CheckpointError(f"config.json: transformers cannot build its text model ({_line(problem)})") from None
+        raise CheckpointError(f"config.json: transformers cannot build its text model ({said(problem)})") from None
     return model.eval().requires_grad_(False)
+
+
+def decoder_blocks(model: Any) -> tuple[str, nn.ModuleList]:
+    """The decoder's blocks and where they hang in the model: "model.layers".
+
+    Raises:
+        FamilyError: no list of modules is as long as the model is deep, or several are.
+    """
+    named = {name: module for name, module in model.named_modules() if isinstance(module, nn.ModuleList)}
+    layers = getattr(model.get_decoder(), "layers", None)
+    found = [name for name, module in named.items() if module is layers]
+    depth = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    found = found or [name for name, module in named.items() if len(module) == depth]
+    if len(found) != 1:
+        raise FamilyError(
+            f"config.json: quantkit does not find the decoder blocks of {type(model).__name__} (one list of {depth} layers), so it cannot "
+            "stream them"
+        )
+    return found[0], named[found[0]]
 
 
 def fill_buffers(model: Any, device: torch.device | None = None) -> None:
@@ -159,7 +142,7 @@ class Skeleton:
 
     Raises:
         CheckpointError: a block's tensor has no source in the checkpoint or another shape than the model's.
-        FamilyError: experts that cannot be streamed.
+        FamilyError: the model's blocks are not found.
     """
 
     def __init__(
@@ -174,12 +157,10 @@ class Skeleton:
         self._reader = ThreadPoolExecutor(1) if (self.device.type == "cuda" if ahead is None else ahead) else None
         self._next: tuple[int, Future[dict[str, Tensor]]] | None = None
         self.model = hollow_model(checkpoint.config, checkpoint.folder, dtype)
-        decoder = self.model.get_decoder()
-        self.blocks: list[nn.Module] = list(decoder.layers)
+        place, blocks = decoder_blocks(self.model)
+        self.blocks: list[nn.Module] = list(blocks)
         self.open = 0  # the block that is filled
-        self._prefix = next(name for name, module in self.model.named_modules() if module is decoder.layers) + "."
-        for block in self.blocks:
-            experts.check_experts(block)
+        self._prefix, decoder = place + ".", self.model.get_submodule(place.rpartition(".")[0])
         self._sources = self._find_sources()
         fill_buffers(self.model, self.device)
         head = self.model.get_output_embeddings()
@@ -297,196 +278,3 @@ class Skeleton:
             raise CheckpointError(f"{self.checkpoint.folder}: {name} is {shapes}")
         value = tensor if tensor.is_meta else tensor.to(self.device, old.dtype)
         setattr(owner, leaf, value if leaf in owner._buffers else nn.Parameter(value, requires_grad=False))
-
-
-@dataclass(slots=True)
-class State:
-    """Where a stream stands, per batch: the hidden states and what blocks hand to later blocks (shared keys and values)."""
-
-    hidden: MutableSequence[Tensor]
-    shared: list[dict[str, Any]]
-
-    def fork(self) -> "State":
-        """An independent stream from here: the tensors are shared until one of the two moves on."""
-        hidden = self.hidden.fork() if isinstance(self.hidden, Activations) else list(self.hidden)
-        return State(hidden, [{k: copy.copy(v) for k, v in s.items()} for s in self.shared])
-
-    def check(self, what: str) -> None:
-        """Refuse to go on with activations that are no numbers; `what` made them.
-
-        Raises:
-            CheckpointError: NaN or infinity in a hidden state.
-        """
-        if not all(bool(hidden.isfinite().all()) for hidden in self.hidden):
-            raise CheckpointError(f"{what}: NaN or infinity in the activations: a damaged weight, or fp16 that overflows (convert to bf16)")
-
-
-class Stream:
-    """Batches on their way through a skeleton's blocks."""
-
-    def __init__(self, skeleton: Skeleton, batches: Sequence[Batch]):
-        self.skeleton, self.device = skeleton, skeleton.device
-        self.batches = [batch.to(skeleton.device) for batch in batches]
-        self._cache: dict[tuple[int, int], Any] = {}
-
-    @torch.no_grad()
-    def start(self) -> State:
-        """The hidden states in front of block 0.
-
-        Raises:
-            CheckpointError: NaN or infinity in one of them.
-        """
-
-        def embedded(number: int) -> Tensor:
-            hidden = self._arguments(number, 0)[0]
-            if not bool(hidden.isfinite().all()):
-                raise CheckpointError(f"the embeddings: NaN or infinity {self._at(hidden, number)}; the checkpoint is damaged")
-            return hidden
-
-        hidden = map(embedded, range(len(self.batches)))
-        return State(Activations(hidden, self.skeleton.memory), [{} for _ in self.batches])
-
-    def run(self, block: nn.Module, state: State, batch: int, grad: bool = False, dtype: torch.dtype | None = None) -> Tensor:
-        """The open block's (or its twin's) output for one batch; the hidden states do not move. Running twice is safe.
-
-        `dtype`: of all that the block is given, where it computes in another precision than the model; whether that gives numbers is
-        its caller's business.
-
-        Raises:
-            CheckpointError: NaN or infinity comes out; told are the module that made it, the token and its sample.
-        """
-        with torch.no_grad():
-            _, args, kwargs = self._arguments(batch, self.skeleton.open)
-        # dict arguments (shared keys and values) are written by some blocks and read by later ones: one dict for each batch and state
-        shared = state.shared[batch]
-        kwargs = {k: shared.setdefault(k, copy.copy(v)) if isinstance(v, (dict, UserDict)) else v for k, v in kwargs.items()}
-        hidden = state.hidden[batch].to(self.device)  # where the device has no room for all of them they wait in memory
-        if dtype is not None:
-            hidden, args, kwargs = _cast((hidden, args, kwargs), dtype)
-        with torch.set_grad_enabled(grad):
-            out = block(hidden, *args, **kwargs)
-        if not torch.is_tensor(out) or out.shape != state.hidden[batch].shape:
-            raise FamilyError(f"{type(block).__name__} does not return hidden states of the shape it was given: it cannot be streamed")
-        if dtype is None and not bool(out.isfinite().all()):
-            raise CheckpointError(self._blame(block, out, lambda: block(hidden, *args, **kwargs), batch))
-        return out
-
-    def _blame(self, block: nn.Module, out: Tensor, again: Callable[[], Tensor], batch: int) -> str:
-        """What first made NaN or infinity in an open block, by running it once more, and for which token."""
-        found: list[tuple[str, nn.Module]] = []
-
-        def hook(name: str) -> Callable[..., None]:
-            def see(module: nn.Module, args: Any, made: Any) -> None:
-                made = made[0] if isinstance(made, tuple) else made
-                if not found and torch.is_tensor(made) and not bool(made.isfinite().all()):
-                    found.append((name, module))
-
-            return see
-
-        handles = [module.register_forward_hook(hook(name)) for name, module in block.named_modules() if name]
-        try:
-            with torch.no_grad():
-                again()
-        finally:
-            for handle in handles:
-                handle.remove()
-        where, at = f"block {self.skeleton.open}", self._at(out, batch)
-        for name, module in found:
-            for leaf, weight in module.named_parameters():
-                if not bool(weight.isfinite().all()):
-                    return f"{where}: {name}.{leaf} holds NaN or infinity (met {at}); the checkpoint is damaged"
-            where += f": {name}"
-        return f"{where}: NaN or infinity in the activations {at}: a damaged weight, or fp16 that overflows (convert to bf16)"
-
-    def _at(self, hidden: Tensor, batch: int) -> str:
-        """The first token and sample of a batch whose hidden state is no number."""
-        wrong = (~hidden.isfinite()).any(-1)
-        row, token = wrong.reshape(-1, *wrong.shape[-2:]).any(0).nonzero()[0].tolist()  # before it there may be AltUp's streams
-        labels = self.batches[batch].labels
-        of = f" of sample {labels[row]['id']} ({labels[row]['language']}, {labels[row]['domain']})" if labels else ""
-        return f"at token {token}{of}"
-
-    def advance(self, block: nn.Module, state: State) -> None:
-        """Every batch through the open block."""
-        for batch in range(len(self.batches)):
-            state.hidden[batch] = self.run(block, state, batch)
-
-    def close(self) -> None:
-        """Forget the arguments of the block that was open."""
-        self._cache.clear()
-
-    @torch.no_grad()
-    def logits(self, state: State, batch: int, part: slice) -> Float[Tensor, "rows tokens vocabulary"]:
-        """The model's own tail (norm, head, softcap) on some positions of the streamed hidden states; cut, for vocabularies are large."""
-        last = len(self.skeleton.blocks) - 1
-        dim = state.hidden[batch].ndim - 2  # (rows, tokens, hidden), or (streams, rows, tokens, hidden) with AltUp
-        hidden = state.hidden[batch].narrow(dim, *_bounds(part, state.hidden[batch].shape[dim])).to(self.device)
-
-        def make(k: int) -> Callable[..., Tensor]:
-            return lambda *args, **kwargs: hidden if k == last else _hidden_of(args, kwargs)
-
-        with self._stand_ins(make):
-            return self.skeleton.model(input_ids=self.batches[batch].ids[:, part], use_cache=False).logits
-
-    def _arguments(self, batch: int, index: int) -> Any:
-        """(hidden states, args, kwargs) that block `index` gets: the model's own forward, blocks before it passing through."""
-        if (batch, index) in self._cache:
-            return self._cache[batch, index]
-        call: dict[str, Any] = {}
-        costly = False
-
-        def own(value: Any) -> Any:
-            # per_layer_inputs[:, :, i] is a view that would keep every layer's inputs alive
-            nonlocal costly
-            if torch.is_tensor(value) and value.untyped_storage().nbytes() > 2 * value.nbytes:
-                costly = True
-                return value.clone()
-            return value
-
-        def make(k: int) -> Callable[..., Tensor]:
-            def forward(*args: Any, **kwargs: Any) -> Tensor:
-                hidden = _hidden_of(args, kwargs)
-                if k < index:
-                    return hidden
-                kwargs.pop("hidden_states", None)
-                call["got"] = hidden if index == 0 else None, [own(v) for v in args[1:]], {n: own(v) for n, v in kwargs.items()}
-                raise _Captured
-
-            return forward
-
-        with self._stand_ins(make), suppress(_Captured):
-            self.skeleton.model(input_ids=self.batches[batch].ids, use_cache=False)
-        if costly:  # per-layer inputs take a third of a block's forward to make; masks and positions are cheaper made than kept
-            self._cache[batch, index] = call["got"]
-        return call["got"]
-
-    @contextmanager
-    def _stand_ins(self, make: Callable[[int], Callable[..., Tensor]]) -> Iterator[None]:
-        blocks = self.skeleton.blocks
-        for k, block in enumerate(blocks):
-            block.forward = make(k)  # type: ignore[method-assign]  # on the instance: everything else of the block stays visible
-        try:
-            yield
-        finally:
-            for block in blocks:
-                del block.forward
-
-
-def _cast(value: Any, dtype: torch.dtype) -> Any:
-    """Every float tensor within, in another precision."""
-    if torch.is_tensor(value):
-        return value.to(dtype) if value.is_floating_point() else value
-    if isinstance(value, (tuple, list)):
-        return type(value)(_cast(one, dtype) for one in value)
-    if isinstance(value, (dict, UserDict)):
-        return type(value)({key: _cast(one, dtype) for key, one in value.items()})
-    return value
-
-
-def _hidden_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-    return args[0] if args else kwargs["hidden_states"]
-
-
-def _bounds(part: slice, length: int) -> tuple[int, int]:
-    start, stop, _ = part.indices(length)
-    return start, stop - start

@@ -18,6 +18,7 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from quantkit.errors import FamilyError
 from quantkit.model import experts
 from quantkit.model.blocks import fill_buffers, hollow_text_model
 from quantkit.types import Json
@@ -35,8 +36,8 @@ class Decoder(nn.Module):
         super().__init__()
         self.model: Any = hollow_text_model(config, torch.float32, attn_implementation="eager")
         layers = self.model.get_decoder().layers
-        for layer in layers:
-            experts.check_experts(layer)
+        if said := next((why for layer in layers for why in experts.unreadable(layer)), None):
+            raise FamilyError(f"{said}; no graph is made of them, so leave onnx out of --format")
         fill_buffers(self.model)
         _fill_hollow(self.model)
         self.model.tie_weights()

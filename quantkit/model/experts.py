@@ -5,14 +5,12 @@ grouped_mm computes, shows each expert's inputs to whoever watches, and can be h
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
-
-from quantkit.errors import FamilyError
 
 IMPLEMENTATION = "quantkit"
 # The CPU's half-precision products keep compiled code for every number of rows they ever met, some .2 MB each and never freed: an
@@ -29,7 +27,12 @@ def experts_forward(
     index: Int[Tensor, "tokens slots"],
     weights: Float[Tensor, "tokens slots"],
 ) -> Float[Tensor, "tokens hidden"]:
-    """Each expert on the tokens routed to it; rounds where grouped_mm rounds: output x routing weight in the model's dtype, sum in fp32."""
+    """Each expert on the tokens routed to it; rounds where grouped_mm rounds: output x routing weight in the model's dtype, sum in fp32.
+
+    Experts of another layout run the loop of their own class, unwatched.
+    """
+    if not readable(experts):
+        return type(experts).forward.__wrapped__(experts, hidden, index, weights)  # type: ignore[attr-defined, no-any-return]
     watcher: Watcher | None = getattr(experts, "watcher", None)
     tap: Tap = getattr(experts, "tap", _untouched)
     read: Callable[[str, int], Tensor] = getattr(experts, "reader", None) or (lambda leaf, expert: getattr(experts, leaf)[expert])
@@ -59,24 +62,32 @@ def _untouched(leaf: str, expert: int, token: Tensor, out: Tensor) -> Tensor:
 ALL_EXPERTS_FUNCTIONS.register(IMPLEMENTATION, experts_forward)
 
 
+def is_linear(module: nn.Module) -> bool:
+    """x W^T + b and nothing else: classes derived from nn.Linear that compute otherwise (routers, grouped ones) are none."""
+    return isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+
+
 def is_experts(module: nn.Module) -> bool:
     """A fused-experts module that goes through transformers' experts interface."""
     return hasattr(module, "_apply_gate")
 
 
-def check_experts(block: nn.Module) -> None:
-    """Refuse experts whose layout `experts_forward` does not compute, before anything is read.
+def readable(module: nn.Module) -> bool:
+    """Experts of the one layout that this file reads: (experts, 2 x width, hidden), gate over up, no biases."""
+    if not is_experts(module):
+        return False
+    other = module.has_bias or module.is_transposed or getattr(module, "has_post_expert_norm", False)  # 5.17 knows none
+    return bool(module.has_gate and getattr(module, "is_concatenated", True) and not other)
 
-    Raises:
-        FamilyError: 3-D weights outside the interface, or experts with biases, transposed, ungated or with a norm behind them.
-    """
+
+def unreadable(block: nn.Module) -> Iterator[str]:
+    """Experts that cannot be taken apart into linears, each as one sentence."""
     for name, module in block.named_modules():
         fused = any(p.ndim == 3 for p in module.parameters(recurse=False)) and not isinstance(module, nn.Conv1d)
         if fused and not is_experts(module):
-            raise FamilyError(f"{name} ({type(module).__name__}): fused experts outside transformers' experts interface cannot be streamed")
-        normed = getattr(module, "has_post_expert_norm", False)  # transformers 5.17 knows no such experts
-        if is_experts(module) and not (module.has_gate and not module.has_bias and not module.is_transposed and not normed):
-            raise FamilyError(f"{name} ({type(module).__name__}): experts of this layout (bias, transposed or ungated) are not supported")
+            yield f"{name} ({type(module).__name__}): weights of three dimensions outside transformers' experts interface"
+        if is_experts(module) and not readable(module):
+            yield f"{name} ({type(module).__name__}): experts of this layout (biases, transposed, interleaved or ungated)"
 
 
 def weight_of(block: nn.Module, local: str) -> Float[Tensor, "out in"] | None:
@@ -93,7 +104,7 @@ def weight_of(block: nn.Module, local: str) -> Float[Tensor, "out in"] | None:
         module = block.get_submodule(local)
     except AttributeError:
         return None
-    return module.weight.data if isinstance(module, nn.Linear) else None
+    return module.weight.data if is_linear(module) else None  # type: ignore[union-attr, return-value]
 
 
 def replace_weight(block: nn.Module, local: str, value: Float[Tensor, "out in"]) -> None:

@@ -11,8 +11,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from quantkit.model.blocks import State, Stream
-from quantkit.model.experts import is_experts
+from quantkit.model.experts import is_experts, is_linear
+from quantkit.model.streams import State, Stream
 
 PROVEN = 1e-4  # relative change of a token's output that fp32 sums explain; a wrong fold's is percents
 
@@ -39,7 +39,7 @@ def fold_change(
     with _in_full_precision(block, columns, rows, folded):
         after = stream.run(block, state.fork(), batch, dtype=torch.float32)
     change = (after - before).norm(dim=-1) / before.norm(dim=-1).clamp(min=1e-30)
-    return float(change[..., stream.batches[batch].real].float().quantile(0.99))
+    return float(stream.by_token(change, 0)[..., stream.batches[batch].real].float().quantile(0.99))
 
 
 def outputs_with(
@@ -49,7 +49,8 @@ def outputs_with(
     found = []
     for number, batch in enumerate(stream.batches):
         with _in_full_precision(block, {}, {}, {}, instead):
-            found.append(stream.run(block, state.fork(), number, dtype=torch.float32)[..., batch.counted, :])
+            out = stream.by_token(stream.run(block, state.fork(), number, dtype=torch.float32))
+            found.append(out[..., batch.counted, :])
     return found
 
 
@@ -91,7 +92,8 @@ def _in_full_precision(
     patched: list[tuple[nn.Module, str]] = []
     try:
         for local, module in block.named_modules():
-            if isinstance(module, nn.Linear):
+            if is_linear(module):
+                assert isinstance(module, nn.Linear)
                 module.forward = linear(local, module)  # type: ignore[assignment, method-assign]
                 patched.append((module, "forward"))
                 continue

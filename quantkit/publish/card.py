@@ -16,6 +16,7 @@ from jinja2.sandbox import SandboxedEnvironment
 
 from quantkit.disk import write_whole
 from quantkit.errors import PublishError
+from quantkit.hf import needed
 from quantkit.publish import base_card
 from quantkit.publish.artefact import WEIGHTS
 from quantkit.publish.evaluation import measured, verdict
@@ -26,7 +27,7 @@ from quantkit.publish.onnx_folder import OnnxFolder
 from quantkit.publish.packed import Packed
 from quantkit.publish.parts import contents
 from quantkit.report import gigabytes
-from quantkit.types import Json
+from quantkit.types import Json, expert_of
 
 LIBRARY = {"compressed-tensors": "transformers", "gguf": "gguf", "onnx": "onnxruntime-genai"}
 REASONS = {  # why a part is not quantized
@@ -122,7 +123,7 @@ def plain(value: Any) -> str:
 def _context(folder: Path, about: Json, format: str, files: Json, evaluations: Sequence[Json], options: Options, notes: list[str]) -> Json:
     recipe, calibration = about["recipe"], about["calibration"]
     rows = [row for block in about["blocks"] for row in block["linears"].items()]
-    experts = {row["scheme"] for name, row in rows if "experts." in name}
+    experts = {row["scheme"] for name, row in rows if expert_of(name) is not None}
     cards = _base_cards(about, options, notes)
     base_model = _base_model(about, options, cards)
     languages = [name for name in calibration["by_language_and_domain"] if re.fullmatch(r"[a-z]{2,3}", name)]
@@ -156,10 +157,13 @@ def _context(folder: Path, about: Json, format: str, files: Json, evaluations: S
         "gguf": next((path.name for path in folder.glob("*.gguf")), ""),
         "rounded": about.get("gguf"),
         "onnx": about.get("onnx"),
-        "needs_conversion": about["family"] == "gemma4" and bool(experts),
+        "needs_conversion": bool(experts) and needed(str(about["model_type"])),
         "model_type": about["model_type"],
         "table": about["family"].partition(" (")[2].removesuffix(")"),
-        "snippet": len(experts) == 1 and " sym " in next(iter(experts)) and recipe["experts_layout"] != "fused",
+        "snippet": about["family"] == "gemma4"
+        and len(experts) == 1
+        and " sym " in next(iter(experts))
+        and recipe["experts_layout"] != "fused",
         "engines": engines,
         "limits": _limits(about, format, languages, any(row["scheme"].endswith(" signed") for _, row in rows), evaluations),
         "versions": about["versions"],

@@ -7,6 +7,7 @@ on CPUs, transformers 5.23, llama.cpp and onnxruntime 1.31 were met by running t
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
+from quantkit.hf import needed
 from quantkit.publish.onnx_folder import OnnxFolder
 from quantkit.publish.packed import Packed, Stored
 from quantkit.types import Json
@@ -119,9 +120,8 @@ def _vllm_cpu(packed: Packed, linears: Sequence[Stored]) -> Verdict:
 
 def _transformers(packed: Packed, linears: Sequence[Stored]) -> Verdict:
     engine = "transformers"
-    gemma4 = str(packed.text_config.get("model_type", "")).startswith("gemma4")
     schemes = {(one.bits, one.group, one.symmetric) for one in linears if one.of_expert}
-    if schemes and gemma4:
+    if schemes and needed(str(packed.text_config.get("model_type"))):
         return Verdict(
             engine, "if", "opened by quantkit.hf.load_model; plain from_pretrained leaves the experts random with only a warning"
         )

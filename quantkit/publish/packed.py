@@ -16,7 +16,7 @@ from torch import Tensor
 
 from quantkit.errors import PublishError
 from quantkit.publish.artefact import read_json
-from quantkit.types import Json
+from quantkit.types import Json, expert_of
 
 PER_LINEAR = (".weight_packed", ".weight_scale", ".weight_zero_point", ".weight_shape")
 FUSED = ("_packed", "_scale", "_zero_point")  # experts that stayed one tensor; without a shape
@@ -50,7 +50,7 @@ class Stored:
 
     @property
     def of_expert(self) -> bool:
-        return "experts." in self.name
+        return expert_of(self.name) is not None or self.fused
 
 
 class Packed:

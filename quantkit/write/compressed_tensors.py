@@ -95,10 +95,10 @@ class CompressedTensors:
         self.shards = self._layout()
 
     def _check_experts(self) -> None:
-        """Transformers itself decodes the experts of families other than Gemma 4: by one scheme, and without zero points."""
+        """Experts that the source keeps apart are decoded by transformers, by one scheme and without zero points; others by quantkit.hf."""
         experts = [linear for linear in self.plan.linears() if expert_of(linear.local) is not None]
         schemes = {linear.scheme for linear in experts}
-        if self.plan.family == "gemma4" or schemes <= {None}:
+        if any(linear.source.expert is not None for linear in experts) or schemes <= {None}:
             return
         zero_points = any(scheme and not scheme.symmetric for scheme in schemes)
         if len(schemes) > 1 or zero_points:

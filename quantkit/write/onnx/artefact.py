@@ -11,8 +11,8 @@ import torch
 from quantkit.disk import replacing, write_whole
 from quantkit.errors import CheckpointError, WriteError
 from quantkit.families.family import TOWERS, matches, outside_block
-from quantkit.model.blocks import text_defaults
 from quantkit.model.checkpoint import TensorSource
+from quantkit.model.config import text_defaults
 from quantkit.model.decoder import Decoder, text_shapes
 from quantkit.store import Store
 from quantkit.types import Json, Plan

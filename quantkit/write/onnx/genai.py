@@ -3,8 +3,8 @@
 from pathlib import Path
 from typing import Any
 
-from quantkit.model.blocks import text_defaults
 from quantkit.model.checkpoint import read_json
+from quantkit.model.config import text_defaults
 from quantkit.types import Json
 
 # Its own names for models; any other is run as what it is, a decoder. Each is a text model here.
