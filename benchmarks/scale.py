@@ -35,6 +35,8 @@ from quantkit.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE_ROWS = 2048  # a batch of the recipe
+WHOLE_SET = 65540  # tokens of the embedded calibration set, by the reference tokenizer
+OF_TOKENS = ("observing", "running the quantized block", "running held-out samples")
 UNIFIED = 1e18  # one memory: nothing is copied
 
 
@@ -160,14 +162,20 @@ def told(run: dict[str, Any], blocks: list[Block], rates: dict[str, float], wall
         f"the floor, two passes: {2 * sum(passes):.0f} s; all phases {total:.0f} s = {total / (2 * sum(passes)):.2f} times; blocks alone "
         f"{sum(own) / (2 * sum(passes)):.2f} times; the process {wall:.0f} s ({beside:,} held-out tokens run beside and are scored)",
     ]
-    full = [kind.startswith("full") for kind in (block.kind for block in blocks)]
-    if any(full) and not all(full):
-        slow, fast = (sum(s for s, f in zip(own, full, strict=True) if f is which) / full.count(which) for which in (True, False))
-        many = whole // 6
-        lines.append(
-            f"{whole} blocks: {whole - many} sliding x {fast:.0f} s + {many} full x {slow:.0f} s + {fixed:.0f} s beside blocks = "
-            f"{((whole - many) * fast + many * slow + fixed) / 3600:.2f} h"
-        )
+    full = [block.kind.startswith("full") for block in blocks]
+    for told_tokens in sorted({tokens, WHOLE_SET}):
+        grown = [sum(spent * (told_tokens / tokens if phase in OF_TOKENS else 1) for phase, spent in of.items()) for of in by_block]
+        floor = 2 * sum(passes) * told_tokens / tokens
+        how = "as measured" if told_tokens == tokens else f"phases that see tokens x {told_tokens / tokens:.1f}, not measured"
+        lines.append(f"{told_tokens:,} tokens ({how}): blocks {sum(grown):.0f} s = {sum(grown) / floor:.2f} times the floor")
+        if any(full) and not all(full):
+            slow, fast = (sum(s for s, f in zip(grown, full, strict=True) if f is which) / full.count(which) for which in (True, False))
+            many = whole // 6
+            seconds = (whole - many) * fast + many * slow + fixed
+            lines.append(
+                f"  {whole} blocks: {whole - many} sliding x {fast:.0f} s + {many} full x {slow:.0f} s + {fixed:.0f} s beside blocks = "
+                f"{seconds / 3600:.2f} h"
+            )
     return lines
 
 
