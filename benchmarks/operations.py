@@ -31,6 +31,8 @@ class Block:
     factor: float  # Choleskys and their solutions, fp64
     search: float  # bytes that the range search of all weights moves, where nothing of it stays in a cache
     gram_bytes: int  # of the largest stage's sums, held-back rows' sums included
+    handed: float  # bytes of a token's inputs on their way to the rank that sums them: both streams in bf16, what is lacking in fp32
+    all_gram_bytes: int  # of all stages' sums: every rank gets all of them
     kept_width: int  # columns of what stages keep of a token beside its hidden states (both streams)
 
 
@@ -64,7 +66,7 @@ def _block(plan: BlockPlan, kind: str, entries: Mapping[str, Entry], share: floa
         stages = (
             2 * one([q]) + before_o + 2 * (one([o]) + one(leaf("gate_proj"))) + 2 * one([o]) + one(down) + one(leaf("gate_proj", "up_proj"))
         )
-    grams = solve = factor = 0.0
+    grams = solve = factor = handed = 0.0
     held: Counter[int] = Counter()
     for number, stage in enumerate(plan.stages):
         for fed in _inputs([linear for linear in linears if linear.local in stage]):
@@ -75,6 +77,7 @@ def _block(plan: BlockPlan, kind: str, entries: Mapping[str, Entry], share: floa
             tokens = share * len([x for x in routed if x.local.endswith("down_proj")]) if own else 1.0
             count = len([x for x in leaf("down_proj") if expert(x)]) if own else times
             grams += tokens * 2 * (width * width * (1 + strips) + lacking * width)
+            handed += tokens * (2 * 2 * width + 4 * lacking)
             held[number] += 2 * 4 * count * (2 * width * width + lacking * width)  # twice: some rows are held back
             solve += 3.0 * rows * width * width * count
             solved_for = rows if rows < width else width + lacking  # right-hand sides: the rows themselves, or a shift for all of them
@@ -83,7 +86,9 @@ def _block(plan: BlockPlan, kind: str, entries: Mapping[str, Entry], share: floa
     kept = 2 * o.shape[1] + sum(linear.shape[1] for linear in mlp if linear.local.endswith("down_proj"))
     active = round(sum(linear.shape[0] * linear.shape[1] * weight(linear) for linear in linears))
     size = sum(entry.bytes for name, entry in entries.items() if name.startswith(plan.prefix))
-    return Block(kind, size, active, forward, forward + stages, grams, solve, factor, search, max(held.values()), kept)
+    return Block(
+        kind, size, active, forward, forward + stages, grams, solve, factor, search, max(held.values()), handed, held.total(), kept
+    )
 
 
 def _inputs(linears: Sequence[Linear]) -> list[list[Linear]]:

@@ -207,6 +207,7 @@ def paper(blocks: list[Block], about: dict[str, Any], tokens: int) -> list[str]:
     forward = tokens * sum(b.forward for b in blocks)
     observe, grams = tokens * sum(b.observe_forward for b in blocks), tokens * sum(b.grams for b in blocks)
     solve, factor, search = (sum(getattr(b, of) for b in blocks) for of in ("solve", "factor", "search"))
+    handed, shared = tokens * sum(b.handed for b in blocks), sum(b.all_gram_bytes for b in blocks)
     stream, sums, kept = tokens * hidden * 2, max(b.gram_bytes for b in blocks), tokens * 2 * max(b.kept_width for b in blocks)
     lines = [
         f"computed, not measured: {len(blocks)} blocks of {largest / 1e9:.2f} GB at most, {size / 1e9:.1f} GB in all, "
@@ -227,7 +228,8 @@ def paper(blocks: list[Block], about: dict[str, Any], tokens: int) -> list[str]:
         ("range search, bytes", lambda m: search / m.bandwidth / m.devices),
         ("reading blocks", lambda m: size / m.disk),
         ("copying blocks", lambda m: size / m.link),
-        ("reducing sums", lambda m: len(blocks) * 2 * sums * (m.devices - 1) / m.devices / m.link),
+        ("handing inputs over", lambda m: handed / m.devices * (m.devices - 1) / m.devices / m.link),
+        ("sharing sums", lambda m: shared * (m.devices - 1) / m.devices / m.link),
     ]
     totals = dict.fromkeys((m.name for m in MACHINES), 0.0)
     for name, seconds in bill:
