@@ -497,7 +497,7 @@ def test_a_killed_run_ends_in_the_same_bytes(name, kills, recipe, built, tmp_pat
     for file in theirs:
         assert ours[file] == theirs[file], f"{file} differs"
     for report in reports:
-        for key in ("seconds", "peak_memory", "memory"):
+        for key in ("seconds", "seconds_by_block", "peak_memory", "memory"):
             report.pop(key)
     assert reports[0] == reports[1]
 

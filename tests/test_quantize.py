@@ -185,6 +185,7 @@ def test_plain_transformers_needs_our_import(tmp_path):
     with unregistered():
         with pytest.raises(CheckpointError, match=r"missing keys|unexpected keys"):
             quantkit.hf.load_model(folder, dtype="auto")
+        quantkit.hf._taught.clear()  # as in a process that never imported it
         assert quantkit.hf.register() is True
         assert quantkit.hf.register() is False, "an existing entry is never overwritten"
         quantkit.hf.load_model(folder, dtype="auto")

@@ -145,18 +145,21 @@ class CompressedTensors:
         groups: list[tuple[list[Piece], set[int]]] = []
         pieces: list[Piece] = []
         blocks: set[int] = set()
+        size = 0
         for block in self.plan.blocks:
-            pieces += self._block(block)
+            own = list(self._block(block))
+            pieces, size = pieces + own, size + sum(piece.bytes for piece in own)
             blocks.add(block.index)
-            if sum(piece.bytes for piece in pieces) >= SHARD_BYTES:
+            if size >= SHARD_BYTES:
                 groups.append((pieces, blocks))
-                pieces, blocks = [], set()
+                pieces, blocks, size = [], set(), 0
         for name in self.plan.kept:
             entry = self.plan.entries[name]
-            if pieces and sum(piece.bytes for piece in pieces) + entry.bytes >= SHARD_BYTES:
+            if pieces and size + entry.bytes >= SHARD_BYTES:
                 groups.append((pieces, blocks))
-                pieces, blocks = [], set()
+                pieces, blocks, size = [], set(), 0
             pieces.append(self._copied(name, entry))
+            size += entry.bytes
         groups.append((pieces, blocks))
         groups = [group for group in groups if group[0]]
         count = len(groups)

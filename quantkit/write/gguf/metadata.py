@@ -1,5 +1,6 @@
 """The keys of a file: what llama.cpp must know to load it. Values go to GGUFWriter by their Python type."""
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -63,6 +64,8 @@ def add_keys(writer: Any, keys: dict[str, Any]) -> None:
     for key, value in keys.items():
         numbers, whole = (value, range(-(1 << 31), 1 << 31)) if isinstance(value, (list, tuple)) else ([value], range(1 << 32))
         for number in numbers:
+            if key.endswith(".activation_sparsity_scale") and number == -math.inf:
+                continue  # llama.cpp's word for a layer without sparsity
             if (isinstance(number, int) and number not in whole) or (isinstance(number, float) and not abs(number) <= LARGEST_FLOAT):
                 raise WriteError(f"{key}: {str(number)[:40]} is more than GGUF holds there; is the model's config.json damaged?")
         if isinstance(value, bool):
