@@ -12,6 +12,7 @@ import tiny
 from quantkit import pipeline
 from quantkit.calibrate.sources import read_samples
 from quantkit.errors import CalibrationError, CheckpointError, QuantkitError, RecipeError
+from quantkit.evaluate.cache import load_json
 from quantkit.model.checkpoint import HEADER_LIMIT, Checkpoint
 from quantkit.recipe import load_recipe
 
@@ -157,3 +158,25 @@ def test_tensors_that_overlap(model):
     path.write_bytes(struct.pack("<Q", len(raw)) + raw + data[end:])
     assert first[1] > second[0]
     refusal(CheckpointError, lambda: Checkpoint(model), "places", names[1], "wrongly")
+
+
+@pytest.mark.parametrize("key", ["num_hidden_layers", "num_attention_heads"])
+def test_a_config_of_more_layers_than_there_is_time(key, model):
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps({**config, key: 1 << 200}))
+    refusal(CheckpointError, lambda: pipeline.plan(str(model / "config.json")), key, "10,000")
+
+
+def test_a_gguf_of_a_checkpoint_without_embeddings(model):
+    raw = (model / "model.safetensors").read_bytes()
+    length = struct.unpack("<Q", raw[:8])[0]
+    header = json.loads(raw[8 : 8 + length])
+    del header["model.embed_tokens.weight"]
+    new = json.dumps(header).encode()
+    (model / "model.safetensors").write_bytes(struct.pack("<Q", len(new)) + new + raw[8 + length :])
+    refusal(QuantkitError, lambda: pipeline.plan(str(model), "gguf-q8_0"), "embed_tokens.weight")
+
+
+def test_a_cached_baseline_of_brackets_is_none(tmp_path):
+    (tmp_path / "deep.json").write_text("[" * 100_000)
+    assert load_json(tmp_path / "deep.json") is None

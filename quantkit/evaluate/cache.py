@@ -112,6 +112,6 @@ def load_json(path: Path) -> Json | None:
     """An object; None where there is no such file, or not a whole one."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return found if isinstance(found, dict) else None

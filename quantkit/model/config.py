@@ -1,5 +1,6 @@
 """A config.json as transformers understands it."""
 
+import re
 from typing import Any
 
 import transformers
@@ -7,11 +8,22 @@ import transformers
 from quantkit.errors import CheckpointError
 from quantkit.types import Json
 
+MOST = 10_000  # layers, experts, heads
+
 
 def parse_config(config: Json) -> Any:
-    """transformers' own object; raises whatever transformers raises."""
+    """transformers' own object; raises whatever transformers raises, and ValueError where it would build modules without end."""
+    _check_counts(config)
     fields = {k: _number(v) for k, v in config.items() if k not in ("quantization_config", "auto_map")}
     return transformers.AutoConfig.for_model(fields.pop("model_type"), **fields)
+
+
+def _check_counts(config: Json) -> None:
+    for key, value in config.items():
+        if isinstance(value, dict):
+            _check_counts(value)
+        elif isinstance(value, int) and value > MOST and re.search(r"(layers?|experts|blocks|heads)$", key):
+            raise ValueError(f"{key} is {str(value)[:20]}, and no model has more than {MOST:,}")
 
 
 def _number(value: Any) -> Any:

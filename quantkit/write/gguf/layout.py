@@ -80,7 +80,10 @@ class Layout:
         self.plan, self.table, self.config, self.types = plan, table, config, types
         self._checkpoint, self._store = checkpoint, store
         self.rounded = Rounded()
-        self.rows = next(plan.entries[name].shape[0] for name in plan.kept if outside_block(name) == "embed_tokens.weight")
+        embedding = next((name for name in plan.kept if outside_block(name) == "embed_tokens.weight"), None)
+        if embedding is None:
+            raise WriteError("gguf: the checkpoint has no embed_tokens.weight, which llama.cpp needs; is it whole?")
+        self.rows = plan.entries[embedding].shape[0]
         self._shapes = {local: plan.entries[name].shape for block in plan.blocks for local, name in self._tensors(block).items()}
         self._matched: set[str] = set()
         self.slots = [*self._outside(), *(slot for block in plan.blocks for slot in self._block(block))]
