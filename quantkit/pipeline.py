@@ -24,7 +24,7 @@ from quantkit.calibrate.collect import Reserve, collect
 from quantkit.calibrate.coverage import coverage_report
 from quantkit.calibrate.statistics import save_statistics
 from quantkit.discover import NAMES, family_for
-from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, RecipeError, WriteError
+from quantkit.errors import CalibrationError, CheckpointError, EvaluationError, RankError, RecipeError, WriteError
 from quantkit.evaluate.session import Evaluation, made_from
 from quantkit.evaluate.session import evaluate as judge
 from quantkit.formats import FORMATS, Writer, other_sizes, told, writer_of
@@ -38,7 +38,7 @@ from quantkit.model.streams import Stream
 from quantkit.plan import make_plan
 from quantkit.publish.card import write_card
 from quantkit.publish.manifest import listed, write_manifest
-from quantkit.ranks import Ranks
+from quantkit.ranks import Ranks, started
 from quantkit.recipe import Recipe
 from quantkit.report import Clock, Listener, silent
 from quantkit.run import Rounding, Run
@@ -151,6 +151,8 @@ def calibrate(
     Raises:
         QuantkitError: as for `quantize`.
     """
+    if started() > 1:
+        raise RankError("several ranks work at `quantize` alone; start `calibrate` as one process, without torchrun")
     chosen = load_recipe(recipe, calibration)
     checkpoint = open_checkpoint(model, adapter)
     settings, clock = chosen.calibration, Clock(tell)

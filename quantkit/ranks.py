@@ -47,8 +47,8 @@ class Ranks:
         Raises:
             RankError: the device is not there, or the ranks do not meet.
         """
-        place, size = _device(device), int(os.environ.get("WORLD_SIZE", "1"))
-        if size == 1:
+        place = _device(device)
+        if started() == 1:
             yield cls(device=place)
             return
         ours = not dist.is_initialized()
@@ -220,9 +220,14 @@ class Swap:
         return self.owners.get(local, self.owners.get(together, 0))
 
 
+def started() -> int:
+    """How many processes torchrun started for this run; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def told_already() -> bool:
     """Whether another rank of this torchrun has said what is wrong: one line is enough."""
-    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+    if started() == 1:
         return False
     try:
         place = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])

@@ -14,6 +14,8 @@ import tiny
 import torch
 import yaml
 
+from quantkit import pipeline
+from quantkit.errors import RankError
 from quantkit.ranks import Ranks
 from quantkit.recipe import load_recipe
 from quantkit.types import InputStats
@@ -112,6 +114,13 @@ def test_what_all_ranks_refuse_is_said_once(tmp_path):
     done = run(2, str(tmp_path / "no model"), "--output", str(tmp_path / "out"))
     assert done.returncode != 0
     assert sum(line.startswith("quantkit: ") for line in done.stderr.splitlines()) == 1
+
+
+def test_ranks_that_would_calibrate_are_refused(monkeypatch, tmp_path):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RankError, match="without torchrun"):
+        pipeline.calibrate(output=tmp_path / "stats.safetensors")
+    assert not list(tmp_path.iterdir())
 
 
 def test_one_process_is_a_rank_of_one():
