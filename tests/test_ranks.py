@@ -123,6 +123,15 @@ def test_ranks_that_would_calibrate_are_refused(monkeypatch, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_machines_that_read_other_files_are_refused(monkeypatch):
+    heard = [{"a.safetensors": "1", "b.json": "2"}, None, {"a.safetensors": "1", "b.json": "3"}]
+    monkeypatch.setattr(Ranks, "told", lambda self, mine: heard)
+    with pytest.raises(RankError, match=r"b\.json: differs"):
+        Ranks(0, 3).agreed(heard[0])
+    heard[2] = heard[0]
+    assert Ranks(0, 3).agreed(heard[0]) == heard[0]
+
+
 def test_one_process_is_a_rank_of_one():
     with Ranks.join("cpu") as ranks:
         assert (ranks.rank, ranks.size, ranks.first) == (0, 1, True)
