@@ -84,6 +84,9 @@ class Search(_Strict):
     expert_floor: Annotated[int, Field(ge=0)] = 128  # an expert with so many tokens weighs its own statistics and the pool alike
     compensate: bool = True  # columns make good the rounding errors of the columns before them (LDLQ, GPTQ)
     damping: Annotated[float, Field(gt=0, le=10)] = 0.01  # of the Gram for that, in mean diagonals
+    output_grams: bool = (
+        True  # with stages: rows of attention's heads make good the errors of the rows before them, as attention reads them
+    )
     sweeps: Annotated[int, Field(ge=0, le=20)] = 0  # of coordinate descent over groups after that
     stages: bool = True  # solve in the order of computation, each stage on inputs that carry the rounding before it; False: block by block
     retarget: Annotated[float, Field(ge=0, le=1)] = 1.0  # with stages: how much of the inputs' drift from the original is made good

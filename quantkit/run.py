@@ -18,7 +18,8 @@ from quantkit import report
 from quantkit.calibrate.collect import Reserve, added, unfed
 from quantkit.calibrate.coverage import cells_of, top_up, watch_routing
 from quantkit.calibrate.kept import Kept
-from quantkit.calibrate.observe import observe, sensitivity
+from quantkit.calibrate.observe import observe
+from quantkit.calibrate.probe import apart, batches_for, heads_of, probe, sensitivity, summed
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluate.divergence import Score, Scores, compare
 from quantkit.grid.decoded import decoded
@@ -35,7 +36,7 @@ from quantkit.solve.block import solve_linears
 from quantkit.solve.folds import Folding, choose_folds
 from quantkit.solve.pooling import Pooled
 from quantkit.store import Store, fold_report, put_together, taken_apart
-from quantkit.types import Batch, BlockPlan, BlockStatistics, Effort, InputStats, Json, Linear, Plan, Solved, SolvedBlock
+from quantkit.types import Batch, BlockPlan, BlockStatistics, Effort, InputStats, Json, Linear, OutputStats, Plan, Solved, SolvedBlock
 
 LOGIT_POSITIONS = 64  # positions whose logits are in memory at a time: a vocabulary of 262,144 takes 1 MiB each
 
@@ -51,7 +52,7 @@ class Run:
     ranks: Ranks
     clock: Clock
     known: Container[int]  # blocks that an earlier process solved
-    batches: int  # of the calibration set, all ranks'
+    tokens: Sequence[int]  # counted ones of each batch of the calibration set, all ranks'
     spares: int  # of the reserve
     calibration: Stream
     calibrated: State
@@ -100,7 +101,7 @@ class Run:
             ranks,
             clock,
             known,
-            batches=len(calibration),
+            tokens=[int(batch.counted.sum()) for batch in calibration],
             spares=len(reserve),
             calibration=streams[0],
             calibrated=first,
@@ -181,7 +182,7 @@ class Run:
     def _seen(self, block: nn.Module, state: State, wanted: Container[str], **options: Any) -> dict[str, InputStats]:
         """Statistics of the calibration set, all ranks' batches."""
         swap = self.ranks.swap()
-        rounds = -(-self.batches // self.ranks.size)
+        rounds = -(-len(self.tokens) // self.ranks.size)
         return swap.gathered(observe(self.calibration, block, state, wanted, swap=swap, rounds=rounds, **options))
 
     def _spare(
@@ -216,13 +217,9 @@ class Run:
             for more in self._spare(drawn, hungry, block, self.reserve_reference, set(wanted), grams=False):
                 fed = added(fed, more)
             _check_stats(plan, block, fed)
-            matter = {}
-            if search.folds and search.sensitivity:
-                middle = self.batches // 2  # they lie from long to short rows
-                if self.ranks.has(middle):
-                    matter = sensitivity(self.calibration, block, self.reference, wanted, middle // self.ranks.size)
-                matter = self.ranks.gathered(matter)
+            outputs = self._probed(plan, block, self.reference)
         with self.clock.phase("solving", plan.index):
+            matter = sensitivity(outputs) if search.sensitivity else {}
             folding = self._folding(plan, weights, kept, Pooled(fed, effort.expert_floor), matter)
         folding, proof = self._proven(plan, block, self.reference, folding)
         twin, of_twin = self.skeleton.twin(block), Kept(self.skeleton.memory, like=of_original)
@@ -254,7 +251,7 @@ class Run:
                 _check_numbers(plan, stats)
             with self.clock.phase("solving", plan.index):
                 linears = [linear for linear in plan.linears if linear.local in stage]
-                done = solve_linears(linears, weights, folding, Pooled(stats, effort.expert_floor), effort, stats, turns)
+                done = solve_linears(linears, weights, folding, Pooled(stats, effort.expert_floor), effort, stats, turns, outputs)
                 solved |= self._gathered(plan, linears, done)
                 if not last:
                     for local in stage:
@@ -263,12 +260,25 @@ class Run:
         ordered = {linear.local: solved[linear.local] for linear in plan.linears if linear.scheme}
         return SolvedBlock(plan.index, ordered, folding.folded, tuple(folding.reports), proof)
 
+    def _probed(self, plan: BlockPlan, block: nn.Module, state: State) -> dict[str, OutputStats]:
+        """How far outputs move the block's, over as many batches as that takes, each probed by the rank that has it."""
+        search = self.recipe.search
+        heads = heads_of(block, plan.stages[0]) if search.output_grams else {}
+        if not heads and not (search.folds and search.sensitivity):
+            return {}
+        wanted = set(_quantized(plan)) if search.folds and search.sensitivity else set(heads)
+        mine: dict[str, Tensor] = {}
+        for number in batches_for(heads, self.tokens):
+            if self.ranks.has(number):
+                mine |= apart(probe(self.calibration, block, state, wanted, number // self.ranks.size, heads), number)
+        return summed(self.ranks.gathered(mine))
+
     def _proven(self, plan: BlockPlan, block: nn.Module, state: State, folding: Folding) -> tuple[Folding, float | None]:
         """The folds, if the block computes the same under them; none, if it does not."""
         if not folding.columns:
             return folding, None
         with self.clock.phase("proving folds", plan.index):
-            last, change = self.batches - 1, None  # the shortest rows
+            last, change = len(self.tokens) - 1, None  # the shortest rows
             if self.ranks.has(last):
                 its = last // self.ranks.size
                 change = fold_change(self.calibration, block, state, folding.columns, folding.rows, folding.folded, its)

@@ -80,7 +80,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     for name in ("python", "model", "ids", "cache"):
         parser.add_argument(name, type=Path)
-    parser.add_argument("--rival", default="llm_compressor", choices=("llm_compressor", "auto_round"))
+    parser.add_argument("--rival", default="llm_compressor", choices=("llm_compressor", "autoround"))
     parser.add_argument("--method")
     parser.add_argument("--bits", type=int, default=4)
     parser.add_argument("--group", type=int, default=32)

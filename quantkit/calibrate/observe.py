@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from quantkit.calibrate.kept import Kept
@@ -374,54 +374,3 @@ class _Tap:
                 self._run.seen.append(_Seen(f"{name}.{expert}.down_proj", x, token, weight))
 
         return watch
-
-
-def sensitivity(
-    stream: Stream, block: nn.Module, state: State, wanted: Iterable[str], batch: int, seed: int = 0
-) -> dict[str, Float[Tensor, " out"]]:
-    """How much each output row of some linears moves the block's output: mean square, by one random probe through one batch of the stream.
-
-    The gradient of z . block(h) for random signs z has, in each linear's output, the expected square of the Jacobian's column
-    (Hutchinson's estimator). Relative to the mean over all rows of all linears, so that only proportions count.
-    """
-    linears = {name: module for name, module in block.named_modules() if isinstance(module, nn.Linear)}
-    outputs: list[tuple[str, Tensor, Bool[Tensor, " rows"]]] = []
-    real = stream.batches[batch].counted.reshape(-1)
-
-    def grown(local: str, out: Tensor, chosen: Tensor) -> Tensor:
-        out = out if out.requires_grad else out.requires_grad_(True)
-        outputs.append((local, out, chosen))
-        return out
-
-    handles, names = [], set(wanted)
-    for local, module in linears.items():
-        if local in names:
-            handles.append(module.register_forward_hook(lambda m, a, out, local=local: grown(local, out, real)))
-    experts = {name: module for name, module in block.named_modules() if is_experts(module)}
-    for name, module in experts.items():
-        module.tap = lambda leaf, expert, token, out, name=name: grown(f"{name}.{expert}.{leaf}", out, real[token])  # type: ignore[assignment]
-    try:
-        with torch.enable_grad():
-            out = stream.run(block, state.fork(), batch, grad=True)
-            signs = torch.randint(0, 2, out.shape, generator=torch.Generator().manual_seed(seed)).to(out) * 2 - 1
-            gradients = torch.autograd.grad((out * signs).sum(), [one for _, one, _ in outputs], allow_unused=True)
-    finally:
-        for handle in handles:
-            handle.remove()
-        for module in experts.values():
-            module.__dict__.pop("tap", None)
-    found: dict[str, Tensor] = {}
-    for (local, _, chosen), gradient in zip(outputs, gradients, strict=True):
-        if gradient is None:
-            continue
-        flat = gradient.reshape(-1, gradient.shape[-1])[: len(chosen)][chosen].float()  # experts' rows may be padded behind
-        if not len(flat):
-            continue
-        stem, _, leaf = local.rpartition(".")
-        mean = flat.square().mean(0)
-        if leaf == "gate_up_proj":
-            found[f"{stem}.gate_proj"], found[f"{stem}.up_proj"] = mean.chunk(2)
-        else:
-            found[local] = mean
-    total = sum(float(v.sum()) for v in found.values()) / max(1, sum(len(v) for v in found.values()))
-    return {local: value / total if total else torch.ones_like(value) for local, value in found.items() if local in names}

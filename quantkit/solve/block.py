@@ -19,10 +19,11 @@ from quantkit.grid.found import on_grid
 from quantkit.grid.integer import pack, to_codes
 from quantkit.solve import ranges
 from quantkit.solve.folds import Folding, choose_folds, plainly_rounded
+from quantkit.solve.heads import by_turns, metric
 from quantkit.solve.pooling import Pooled, kind
-from quantkit.solve.rounding import Rounded, compensated, compensated_superblocks, descend, factor
+from quantkit.solve.rounding import Factor, compensated, compensated_superblocks, descend, factor
 from quantkit.solve.targets import Target, lacking, loss
-from quantkit.types import BlockPlan, Blocks, Codes, Effort, InputStats, Linear, Scheme, Solved, SolvedBlock
+from quantkit.types import BlockPlan, Blocks, Codes, Effort, InputStats, Linear, OutputStats, Scheme, Solved, SolvedBlock
 
 JUDGED_ROWS = 512  # rows of a matrix on which its output error is measured
 JUDGED_EXPERT_ROWS = 64
@@ -67,12 +68,14 @@ def solve_linears(
     effort: Effort,
     used_up: dict[str, InputStats] | None = None,
     turns: Iterator[bool] | None = None,
+    outputs: Mapping[str, OutputStats] | None = None,
 ) -> dict[str, Solved]:
     """Some linears of a block, under folds that are already chosen.
 
     Args:
         used_up: statistics to drop as soon as their linear is solved.
         turns: for each part that is rounded in one go, whether it is to be done here (and not by another rank); None: all are.
+        outputs: of linears whose rows answer for one another, head by head: how far their outputs move the block's.
 
     Returns:
         by local name; no linear is worse than plain rounding on the rows that its statistics hold back, unless a fold that others
@@ -83,11 +86,12 @@ def solve_linears(
     """
     solved: dict[str, Solved] = {}
     turns = repeat(True) if turns is None else turns
-    for group in _groups(linears, weights, folding, inputs, effort):
+    grams = {local: one.gram for local, one in (outputs or {}).items() if one.gram is not None}
+    for group in _groups(linears, weights, folding, inputs, grams, effort):
         parts = [part for part in _parts(group, weights[group[0].local].device) if next(turns)]
         height = sum(task.shape[0] for task in group)
         try:
-            for local, codes, target in _rounded(parts, height, weights, folding, inputs, effort):
+            for local, codes, target in _rounded(parts, height, weights, folding, inputs, grams, effort):
                 solved[local] = _judged(local, codes, target, weights[local], folding, inputs, effort)
         except ValueError as problem:  # what no grid of this kind holds, sums that are no numbers
             names = " or ".join(linear.name for linear in linears if linear.local in {task.local for task in group})
@@ -100,7 +104,7 @@ def solve_linears(
 
 def nearly(linear: Linear, scheme: Scheme, weight: Tensor, folding: Folding, inputs: Pooled, shrinks: int) -> Float[Tensor, "out in"]:
     """A linear's weight on another scheme's grid, every weight to the nearest code: enough to tell schemes apart."""
-    task = _Task(linear.local, scheme, linear.shape, None, False, True)
+    task = _Task(linear.local, scheme, linear.shape)
     return folding.undo(linear.local, decoded(_nearest(task, weight, folding, inputs, shrinks)))
 
 
@@ -111,13 +115,19 @@ class _Task:
     local: str
     scheme: Scheme
     shape: tuple[int, int]
-    grid: Codes | None  # the weight lies on this grid already
-    compensates: bool
-    shares: bool  # one Gram serves its whole group; False: each has its own
+    grid: Codes | None = None  # the weight lies on this grid already
+    compensates: bool = False
+    shares: bool = True  # one Gram serves its whole group; False: each has its own
+    head: int = 0  # rows that answer for one another; 0: each for itself
 
 
 def _groups(
-    linears: Sequence[Linear], weights: Mapping[str, Tensor], folding: Folding, inputs: Pooled, effort: Effort
+    linears: Sequence[Linear],
+    weights: Mapping[str, Tensor],
+    folding: Folding,
+    inputs: Pooled,
+    grams: Mapping[str, Float[Tensor, "heads width width"]],
+    effort: Effort,
 ) -> list[list[_Task]]:
     """Linears that are rounded together: rows that share a Gram, or experts' matrices of one shape, each with its own."""
     groups: dict[object, list[_Task]] = {}
@@ -129,6 +139,7 @@ def _groups(
         grid = on_grid(weights[local], scheme, weights[local].dtype) if integer and free and effort.shrinks > 1 else None
         compensates = effort.compensate and grid is None and inputs.has_gram(local)
         shares = not inputs.has_own_gram(local) or kind(local) is None
+        head = grams[local].shape[-1] if compensates and local in grams else 0
         key: object = local
         if compensates:
             key = (
@@ -136,13 +147,20 @@ def _groups(
                 scheme,
                 linear.shape[1],
                 id(folding.columns.get(local)) if shares else 0,
+                head,
             )
-        groups.setdefault(key, []).append(_Task(local, scheme, linear.shape, grid, compensates, shares))
+        groups.setdefault(key, []).append(_Task(local, scheme, linear.shape, grid, compensates, shares, head))
     return list(groups.values())
 
 
 def _rounded(
-    parts: Sequence[Sequence[_Task]], height: int, weights: Mapping[str, Tensor], folding: Folding, inputs: Pooled, effort: Effort
+    parts: Sequence[Sequence[_Task]],
+    height: int,
+    weights: Mapping[str, Tensor],
+    folding: Folding,
+    inputs: Pooled,
+    grams: Mapping[str, Float[Tensor, "heads width width"]],
+    effort: Effort,
 ) -> Iterator[tuple[str, Codes | Blocks, Target | None]]:
     """Codes of every linear in some parts of a group of `height` rows, and the target that they were rounded to."""
     if not parts:
@@ -171,16 +189,40 @@ def _rounded(
             wanted = torch.stack([folding.apply(t.local, to.of(weights[t.local].float())) for t, to in zip(part, targets, strict=True)])
             factored = factor(gram, effort.damping)
         assert factored is not None
-        if first.scheme.grid != "integer":
-            rows = [superblock.pack(one) for one in compensated_superblocks(wanted, factored, first.scheme.grid.upper())]
-            pieces = rows[0].split([task.shape[0] for task in part]) if first.shares else rows
-            made = [Blocks(piece, first.scheme, first.shape[1]) for piece in pieces]
-            yield from zip((task.local for task in part), made, targets, strict=True)
-            continue
-        rounded = compensated(wanted, factored, first.scheme, dtype, effort.shrinks)
+        rounding = _Compensated(gram, factored, first.scheme, dtype, effort)
+        if first.head:
+            answering = metric([grams[task.local] for task in part], [folding.rows.get(task.local) for task in part])
+            rows = by_turns(wanted[0], answering, rounding.rows)
+            stored = tuple(one[None] for one in rows)
+        else:
+            stored = rounding.stack(wanted)
+        yield from zip((task.local for task in part), _split(stored, part, first.scheme, dtype), targets, strict=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Compensated:
+    """How a stack is rounded by the Gram of its columns: what is stored of it, rows second in each tensor."""
+
+    gram: Float[Tensor, "#stack in in"]
+    factored: Factor
+    scheme: Scheme
+    dtype: torch.dtype
+    effort: Effort
+
+    def stack(self, wanted: Float[Tensor, "stack rows in"]) -> tuple[Tensor, ...]:
+        """(codes, scale[, zero]) on an integer grid, (bytes,) on one of ggml's."""
+        scheme, effort = self.scheme, self.effort
+        if scheme.grid != "integer":
+            return (torch.stack([superblock.pack(one) for one in compensated_superblocks(wanted, self.factored, scheme.grid.upper())]),)
+        rounded = compensated(wanted, self.factored, scheme, self.dtype, effort.shrinks)
         if effort.sweeps:
-            rounded = descend(wanted, gram, effort.damping, rounded, first.scheme, dtype, effort.shrinks, effort.sweeps)
-        yield from zip((task.local for task in part), _split(rounded, part, first.scheme, dtype), targets, strict=True)
+            rounded = descend(wanted, self.gram, effort.damping, rounded, scheme, self.dtype, effort.shrinks, effort.sweeps)
+        return (rounded.codes, rounded.scale) if rounded.zero is None else (rounded.codes, rounded.scale, rounded.zero)
+
+    def rows(self, wanted: Float[Tensor, "rows in"]) -> tuple[tuple[Tensor, ...], Float[Tensor, "rows in"]]:
+        """The same of one matrix's rows, and the weights that they stand for."""
+        stored = tuple(one[0] for one in self.stack(wanted[None]))
+        return stored, decoded(_laid_out(stored, self.scheme, wanted.shape[1], self.dtype))
 
 
 def _parts(group: Sequence[_Task], device: torch.device) -> Iterator[list[_Task]]:
@@ -204,20 +246,22 @@ def _under(fed: InputStats, columns: Float[Tensor, " in"] | None) -> Float[Tenso
     return fed.gram if columns is None else fed.gram / columns[:, None] / columns
 
 
-def _split(rounded: Rounded, part: Sequence[_Task], scheme: Scheme, dtype: torch.dtype) -> Iterator[Codes]:
-    """The codes of a stack, matrix by matrix."""
+def _split(stored: tuple[Tensor, ...], part: Sequence[_Task], scheme: Scheme, dtype: torch.dtype) -> Iterator[Codes | Blocks]:
+    """What is stored of a stack, matrix by matrix."""
     start = 0
     for number, task in enumerate(part):
         out, columns = task.shape
         own = (0, slice(start, start + out)) if task.shares else (number, slice(None))
         start += out
-        yield Codes(
-            packed=pack(rounded.codes[own].contiguous(), scheme.bits),
-            scale=rounded.scale[own].to(dtype),
-            zero=None if rounded.zero is None else rounded.zero[own].to(torch.int8),
-            scheme=scheme,
-            columns=columns,
-        )
+        yield _laid_out(tuple(one[own].contiguous() for one in stored), scheme, columns, dtype)
+
+
+def _laid_out(stored: tuple[Tensor, ...], scheme: Scheme, columns: int, dtype: torch.dtype) -> Codes | Blocks:
+    """Some rows as an artefact holds them."""
+    if scheme.grid != "integer":
+        return Blocks(stored[0], scheme, columns)
+    codes, scale, *zero = stored
+    return Codes(pack(codes, scheme.bits), scale.to(dtype), zero[0].to(torch.int8) if zero else None, scheme, columns)
 
 
 def _nearest(task: _Task, weight: Tensor, folding: Folding, inputs: Pooled, shrinks: int) -> Codes | Blocks:
@@ -293,7 +337,7 @@ def _judged(
     best, fell_back = of(codes), False
     cost, seen = worth(best)
     if cost > 0 and effort.shrinks > 1:
-        task = _Task(local, scheme, (weight.shape[0], weight.shape[1]), None, False, True)
+        task = _Task(local, scheme, (weight.shape[0], weight.shape[1]))
         for shrinks in (effort.shrinks, 1):
             other_codes = _nearest(task, weight, folding, inputs, shrinks)
             simpler = of(other_codes)
