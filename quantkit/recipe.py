@@ -92,7 +92,7 @@ class Search(_Strict):
     retarget: Annotated[float, Field(ge=0, le=1)] = 1.0  # with stages: how much of the inputs' drift from the original is made good
     retarget_damping: Annotated[float, Field(gt=0, le=100)] = 0.2  # in mean diagonals
     residual: bool = True  # with retarget: outputs that are added to the residual make good what it lacks
-    hold_out: bool = True  # judge by every twentieth row, which no search sees
+    hold_out: bool = True  # judge by every twentieth token, which no search sees
     propagate: Literal["quantized", "original"] = "quantized"  # without stages: what the blocks behind a solved one see
 
 

@@ -19,7 +19,7 @@ from quantkit.model.experts import is_experts
 from quantkit.model.streams import State, Stream
 from quantkit.types import Batch, InputStats
 
-HELD = 20  # every twentieth row is held back, for judging
+HELD = 20  # every twentieth token is held back, for judging: of every row, for one row speaks for one language alone
 WIDE, STRIPS = 1024, 4  # a Gram of this width is symmetric: only its upper strips are summed, 5/8 of the products
 
 
@@ -155,7 +155,7 @@ def observe(
         wanted: local names of the linears to watch; None is all of them.
         move: leave `state` behind the block, as `stream.advance` would; otherwise it stays, and a run ends with the last wanted linear.
         grams: False: diagonals only.
-        held: keep every twentieth row apart, as `InputStats.held`.
+        held: keep every twentieth token apart, as `InputStats.held`.
         beside: the original block and its state: sums of the drift, too; with `move` it is this state that moves.
         residual: linear -> the norm that reads the residual stream where the linear adds to it: sums of what the stream lacks there.
         kept, kept_beside: of the block and of the one beside it, what earlier calls left of runs that need not be computed again.
@@ -210,7 +210,8 @@ def _parts(run: _Run, pair: _Run | None, batch: Batch, held: bool, residual: Map
     real = batch.counted.reshape(-1)
     back = torch.zeros_like(batch.real)
     if held:
-        back[(torch.arange(len(back), device=back.device) + batch.row) % HELD == HELD - 1] = True
+        rows, tokens = (torch.arange(length, device=back.device) for length in back.shape)
+        back = (rows[:, None] + batch.row + tokens) % HELD == HELD - 1
     back = back.reshape(-1)
     for number, seen in enumerate(run.seen):
         _check(seen, real, batch, block)

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quantkit.solve.rounding import Factor, factor
 
-STEPS = 16  # turns in which a head's rows are rounded; those of one turn do not see one another
+STEPS = 8  # turns in which a head's rows are rounded; those of one turn do not see one another
 # Of F, in mean diagonals: it rests on few tokens, and on inputs and gradients being independent.
 # On the stories .1 to .6 are alike within noise; without it queries and keys end up worse than with no F at all.
 DAMPING = 0.2

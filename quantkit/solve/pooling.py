@@ -77,7 +77,7 @@ def _sum(so_far: InputStats | None, own: InputStats) -> InputStats:
     return InputStats(so_far.tokens + own.tokens, so_far.abs + own.abs, so_far.square + own.square, so_far.gram, so_far.drift, None, held)
 
 
-def _shrunk(own: InputStats, pool: InputStats, floor: int) -> InputStats:
+def _shrunk(own: InputStats, pool: InputStats, floor: float) -> InputStats:
     if not pool.tokens:
         return InputStats(1, torch.ones_like(own.abs), torch.ones_like(own.square), None)
     share = floor if own.tokens else max(floor, 1)
@@ -87,7 +87,10 @@ def _shrunk(own: InputStats, pool: InputStats, floor: int) -> InputStats:
     def blend(mine: Tensor | None, all_: Tensor | None) -> Tensor | None:
         return None if mine is None or all_ is None else torch.add(mine, all_, alpha=weight).mul_(scale)
 
-    held = None if own.held is None or pool.held is None or not pool.held.tokens else _shrunk(own.held, pool.held, floor)
+    held = None
+    if own.held is not None and pool.held is not None and pool.held.tokens:
+        # judged by as much of the pool as it was solved by: what an expert's own inputs gain is no fault
+        held = _shrunk(own.held, pool.held, floor * own.held.tokens / tokens)
     return InputStats(
         tokens,
         (own.abs + pool.abs * weight) * scale,
