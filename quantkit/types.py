@@ -169,6 +169,7 @@ class InputStats:
 class OutputStats:
     """Sums of squares of a random probe's gradient g at one linear's outputs (fp32): how far they move what the block computes."""
 
+    tokens: Int[Tensor, ""]
     square: Float[Tensor, " out"]  # sum of g^2
     gram: Float[Tensor, "heads width width"] | None = None  # sum of g g^T, head by head, where rows are those of attention's heads
 

@@ -5,7 +5,8 @@ import tiny
 import torch
 from test_streaming import batches, checkpoint, one_thread, root  # noqa: F401
 
-from quantkit.calibrate.observe import HELD, observe, sensitivity
+from quantkit.calibrate.observe import HELD, observe
+from quantkit.calibrate.probe import TOKENS_OF_A_ROW, apart, batches_for, heads_of, probe, sensitivity, summed
 from quantkit.model import proof
 from quantkit.model.blocks import Skeleton
 from quantkit.model.experts import replace_weight, weight_of
@@ -109,11 +110,54 @@ def test_rows_that_go_straight_to_the_output_matter_alike_and_dead_ends_not_at_a
     stream, state = opened("llama", root)
     with stream.skeleton.block(0) as block:
         block.mlp.down_proj.weight.data[:, :16] = 0  # nothing reads the first rows of gate and up
-        matter = sensitivity(stream, block, state, ["mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"], 0)
+        matter = sensitivity(probe(stream, block, state, {"mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"}, 0, {}))
     assert set(matter) == {"mlp.down_proj", "mlp.up_proj", "self_attn.q_proj"}
     assert torch.allclose(matter["mlp.down_proj"], matter["mlp.down_proj"].mean().expand(len(matter["mlp.down_proj"])), rtol=1e-4)
     assert (matter["mlp.up_proj"][:16] == 0).all()
     assert (matter["mlp.up_proj"][16:] > 0).all()
+
+
+@pytest.mark.parametrize("local", ["self_attn.k_proj", "self_attn.v_proj"])
+def test_probes_tell_how_the_rows_of_a_head_move_the_block(local, root):  # noqa: F811
+    """Their mean over many probes is the Jacobian's own Gram, by autograd one output at a time."""
+    ids = torch.randint(20, 300, (1, 5), generator=torch.Generator().manual_seed(0))
+    stream, state = opened("llama", root, [Batch(ids, torch.ones_like(ids, dtype=torch.bool))])
+    with stream.skeleton.block(0) as block:
+        heads, linear, outs = heads_of(block, [local, "mlp.up_proj", "experts.0.up_proj"]), block.get_submodule(local), []
+        handle = linear.register_forward_hook(lambda m, args, out: outs.append(out.requires_grad_(True)) or out)
+        moved = stream.run(block, state, 0, grad=True)
+        handle.remove()
+        jacobian = torch.stack(
+            [torch.autograd.grad(one, outs[0], retain_graph=True)[0][0] for one in moved.flatten()]
+        )  # (moved, tokens, out)
+        probes = [probe(stream, block, state, {local}, 0, heads, seed=seed)[local] for seed in range(1200)]
+    assert heads == {local: block.self_attn.head_dim}
+    by_head = jacobian.flatten(0, 1).unflatten(-1, (-1, heads[local])).transpose(0, 1)
+    exact = by_head.mT @ by_head
+    mean = torch.stack([one.gram for one in probes]).mean(0)
+    assert float((mean - exact).norm()) < 0.15 * float(exact.norm())
+    for one in probes[:3]:
+        assert torch.allclose(one.gram.diagonal(dim1=1, dim2=2).flatten(), one.square, rtol=1e-4, atol=1e-8)
+        assert int(one.tokens) == 5
+
+
+def test_probes_add_up_in_the_batches_order_whoever_sends_them(root):  # noqa: F811
+    stream, state = opened("llama", root)
+    local = "self_attn.q_proj"
+    with stream.skeleton.block(0) as block:
+        parts = [apart(probe(stream, block, state, {local}, number, heads_of(block, [local])), number) for number in (0, 1)]
+    one, other = summed(parts[0] | parts[1])[local], summed(parts[1] | parts[0])[local]
+    for mine, theirs, name in ((one.square, other.square, "square"), (one.gram, other.gram, "gram"), (one.tokens, other.tokens, "tokens")):
+        assert torch.equal(mine, theirs)
+        assert torch.equal(mine, parts[0][f"0/{name}/{local}"] + parts[1][f"1/{name}/{local}"])
+
+
+def test_as_many_batches_are_probed_as_a_head_has_rows():
+    assert list(batches_for({}, [100] * 9)) == [4]
+    assert list(batches_for({"q": 64, "k": 2}, [100 * TOKENS_OF_A_ROW] * 9)) == [4]
+    assert list(batches_for({"q": 64}, [20 * TOKENS_OF_A_ROW] * 9)) == [4, 5, 6, 7]
+    assert list(batches_for({"q": 64}, [10 * TOKENS_OF_A_ROW] * 9)) == [2, 3, 4, 5, 6, 7, 8]
+    assert list(batches_for({"q": 512}, [10])) == [0]
 
 
 @pytest.mark.parametrize("name", tiny.FAMILIES)

@@ -5,6 +5,7 @@ The gradient g of z . block(h) for random signs z has, at a linear's output, the
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import fields
 
 import torch
 from jaxtyping import Bool, Float
@@ -14,7 +15,7 @@ from quantkit.model.experts import is_experts
 from quantkit.model.streams import State, Stream
 from quantkit.types import OutputStats
 
-TOKENS_OF_A_ROW = 16  # as many for each row of a head, so that its second moments are more than noise
+TOKENS_OF_A_ROW = 8  # as many for each row of a head, so that its second moments are more than noise
 
 
 def heads_of(block: nn.Module, locals_: Iterable[str]) -> dict[str, int]:
@@ -84,29 +85,36 @@ def probe(
         parts = {f"{stem}.gate_proj": 0, f"{stem}.up_proj": 1} if leaf == "gate_up_proj" else {local: 0}
         for name, share in zip(parts, flat.chunk(len(parts), -1), strict=True):
             if name in wanted and len(share):
-                found[name] = OutputStats(share.square().sum(0), _by_head(share, heads[name]) if name in heads else None)
+                tokens, by_head = torch.tensor(len(share)), _by_head(share, heads[name]) if name in heads else None
+                found[name] = OutputStats(tokens, share.square().sum(0), by_head)
     return found
 
 
 def apart(stats: Mapping[str, OutputStats], batch: int) -> dict[str, Tensor]:
-    """One batch's sums, each tensor under a name of its own: what ranks send one another."""
-    sums = {f"{batch}/square/{local}": one.square for local, one in stats.items()}
-    return sums | {f"{batch}/gram/{local}": one.gram for local, one in stats.items() if one.gram is not None}
+    """One batch's sums, each under a name of its own: what ranks send one another."""
+    return {
+        f"{batch}/{part.name}/{local}": sum_
+        for local, one in stats.items()
+        for part in fields(one)
+        if (sum_ := getattr(one, part.name)) is not None
+    }
 
 
 def summed(tensors: Mapping[str, Tensor]) -> dict[str, OutputStats]:
     """What `apart` took apart, over all batches, added up in their order whoever sent them."""
-    sums: dict[tuple[str, str], Tensor] = {}
-    for name in sorted(tensors, key=lambda name: int(name.partition("/")[0])):
+    sums: dict[str, dict[str, Tensor]] = {}
+    for name in sorted(tensors, key=lambda name: (int(name.partition("/")[0]), name)):
         _, part, local = name.split("/", 2)
-        sums[local, part] = sums[local, part] + tensors[name] if (local, part) in sums else tensors[name]
-    return {local: OutputStats(sums[local, "square"], sums.get((local, "gram"))) for local, part in sums if part == "square"}
+        of = sums.setdefault(local, {})
+        of[part] = of[part] + tensors[name] if part in of else tensors[name]
+    return {local: OutputStats(**of) for local, of in sums.items()}
 
 
 def sensitivity(stats: Mapping[str, OutputStats]) -> dict[str, Float[Tensor, " out"]]:
-    """How much each row matters, relative to the mean over all rows of all linears, so that only proportions count."""
-    rows, total = sum(len(one.square) for one in stats.values()), sum(float(stats[local].square.sum()) for local in sorted(stats))
-    return {local: one.square * (rows / total) if total else torch.ones_like(one.square) for local, one in stats.items()}
+    """How much a change of each row matters to one token, relative to the mean over all rows of all linears: only proportions count."""
+    found = {local: one.square / one.tokens for local, one in sorted(stats.items())}
+    total, rows = sum(float(value.sum()) for value in found.values()), sum(len(value) for value in found.values())
+    return {local: value * (rows / total) if total else torch.ones_like(value) for local, value in found.items()}
 
 
 def _by_head(gradient: Float[Tensor, "tokens out"], width: int) -> Float[Tensor, "heads width width"]:

@@ -77,7 +77,7 @@ def _sum(so_far: InputStats | None, own: InputStats) -> InputStats:
     return InputStats(so_far.tokens + own.tokens, so_far.abs + own.abs, so_far.square + own.square, so_far.gram, so_far.drift, None, held)
 
 
-def _shrunk(own: InputStats, pool: InputStats, floor: float) -> InputStats:
+def _shrunk(own: InputStats, pool: InputStats, floor: int | float) -> InputStats:
     if not pool.tokens:
         return InputStats(1, torch.ones_like(own.abs), torch.ones_like(own.square), None)
     share = floor if own.tokens else max(floor, 1)
