@@ -39,6 +39,7 @@ ABLATION: dict[str, dict[str, Any]] = {
     "stages, no retarget": {"retarget": 0.0},
     "retarget, no residual": {"residual": False},
     "nothing held out": {"hold_out": False},
+    "rows by themselves": {"output_grams": False},
     "one sweep": {"sweeps": 1},
     "two sweeps": {"sweeps": 2},
 }
