@@ -79,7 +79,7 @@ class Search(_Strict):
     folds: bool = True  # AWQ scales
     exponents: Annotated[int, Field(ge=2, le=100)] = 20  # steps of the scale grid; identity is always a candidate too
     rows: Annotated[int, Field(ge=16)] = 512  # rows of a matrix that a candidate is judged on
-    sensitivity: bool = True  # rows count by how much they move the block's output: one probe a block
+    sensitivity: bool = True  # rows count by how much they move the block's output: a random probe backwards
     shrinks: Annotated[int, Field(ge=1, le=40)] = 10  # clip candidates of a group's range, 1.0 downwards
     expert_floor: Annotated[int, Field(ge=0)] = 128  # an expert with so many tokens weighs its own statistics and the pool alike
     compensate: bool = True  # columns make good the rounding errors of the columns before them (LDLQ, GPTQ)

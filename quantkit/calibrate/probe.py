@@ -85,7 +85,7 @@ def probe(
         parts = {f"{stem}.gate_proj": 0, f"{stem}.up_proj": 1} if leaf == "gate_up_proj" else {local: 0}
         for name, share in zip(parts, flat.chunk(len(parts), -1), strict=True):
             if name in wanted and len(share):
-                tokens, by_head = torch.tensor(len(share)), _by_head(share, heads[name]) if name in heads else None
+                tokens, by_head = torch.tensor(len(share), device=share.device), _by_head(share, heads[name]) if name in heads else None
                 found[name] = OutputStats(tokens, share.square().sum(0), by_head)
     return found
 
