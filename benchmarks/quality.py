@@ -4,9 +4,11 @@
         [--contenders rtn fast awq-w4 best] [--rivals PYTHON] [--autoround PYTHON] [--cache FOLDER] [--ablation]
 
 Tokens are made by benchmarks/rivals/tokens.py (seed 0). Every contender runs in a process of its own, one thread, one after the other;
-its dense weights are scored in transformers in fp32 (benchmarks/rivals/score.py). `worst language` is the largest KL ratio to plain
-rounding of any language over the mean ratio; `worse` counts linears that ended above plain rounding. --rivals names the interpreter of
-an environment with llm-compressor (`make rivals`), --autoround one with AutoRound. --ablation switches the solver's steps off in turn.
+its dense weights are scored in transformers in fp32 (benchmarks/rivals/score.py). `worst language` is the largest KL ratio to the first
+contender of any language over the ratio of all, with its 95 % interval (rows drawn anew within every language, the same for both); the
+largest of many is high by itself, so `chance` is what it would reach in one draw of twenty if all languages gained alike. `worse` counts
+linears that ended above plain rounding. --rivals names the interpreter of an environment with llm-compressor (`make rivals`),
+--autoround one with AutoRound. --ablation switches the solver's steps off in turn.
 """
 
 import argparse
@@ -26,7 +28,7 @@ sys.path.insert(0, str(HERE))
 from common import load_model  # noqa: E402  # of benchmarks/rivals
 from run import run as run_rival  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from score import score  # noqa: E402
+from score import score, worst_language  # noqa: E402
 
 OURS = ("rtn", "fast", "awq-w4", "best")
 ABLATION: dict[str, dict[str, Any]] = {
@@ -65,20 +67,20 @@ def main() -> None:
             symmetric = scheme == "sym"
             print(f"\n{arguments.model.name}, {bits} bits, {scheme}, group 32")
             print(
-                f"{'contender':28} {'KL':>8} {'95 % interval':>17} {'of first':>8} {'same top':>8} {'worst language':>14} {'worse':>5} "
-                f"{'CPU s':>7} {'peak GiB':>8}"
+                f"{'contender':28} {'KL':>8} {'95 % interval':>17} {'of first':>8} {'same top':>8} {'worst language':>22} {'chance':>6} "
+                f"{'worse':>5} {'CPU s':>7} {'peak GiB':>8}"
             )
             first: dict[str, Any] | None = None
             for name, weights, result in contenders(arguments, bits, symmetric):
                 figures = score(original, load_model(arguments.model, weights=load_file(weights)), arguments.evaluation)
                 first = first or figures
-                ratio = figures["kl"] / first["kl"]
-                languages = [f["kl"] / first["languages"][n]["kl"] / ratio for n, f in figures["languages"].items()]
                 low, high = figures["kl_interval"]
+                language, most, (least, largest), chance = worst_language(first, figures)
+                of_first, worst = figures["kl"] / first["kl"], f"{language} {most:.3f} ({least:.3f}-{largest:.3f})"
                 worse = result.get("summary", {}).get("worse_than_rounded", "")
                 print(
-                    f"{name:28} {figures['kl']:8.5f} {f'{low:.5f}-{high:.5f}':>17} {ratio:8.3f} {figures['same_top']:8.4f} "
-                    f"{max(languages):14.3f} {worse:>5} {result['cpu_seconds']:7.1f} {result['peak_rss_bytes'] / 2**30:8.2f}",
+                    f"{name:28} {figures['kl']:8.5f} {f'{low:.5f}-{high:.5f}':>17} {of_first:8.3f} {figures['same_top']:8.4f} "
+                    f"{worst:>22} {chance:6.3f} {worse:>5} {result['cpu_seconds']:7.1f} {result['peak_rss_bytes'] / 2**30:8.2f}",
                     flush=True,
                 )
 

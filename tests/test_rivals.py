@@ -91,11 +91,41 @@ def test_score_is_the_divergence_of_the_weights(rivals, moe, tmp_path):
     kl = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1)
     assert figures["kl"] == pytest.approx(kl.mean().item(), rel=1e-4)
     assert figures["languages"]["nl"]["kl"] == pytest.approx(kl[2:5].mean().item(), rel=1e-4)
+    assert figures["languages"]["nl"]["row_kl"] == pytest.approx(kl[2:5].mean(-1).tolist(), rel=1e-4)
     loss = torch.nn.functional.nll_loss(q.flatten(0, 1), ids[:, 1:].flatten())
     assert figures["perplexity"] == pytest.approx(loss.exp().item(), rel=1e-4)
     low, high = figures["kl_interval"]
     assert kl.mean(-1).min() < low < figures["kl"] < high < kl.mean(-1).max()
     assert rivals.score.score(original, original, file)["kl"] == 0
+
+
+def test_the_worst_language_beside_what_chance_alone_would_show(rivals):
+    generator = torch.Generator().manual_seed(2)
+
+    def scored(gains, noise):
+        """Two contenders on ten rows of each language; the levels of rows differ by far more than what the second gains."""
+        both = ({}, {})
+        for name, gain in gains.items():
+            rounding = torch.exp(torch.randn(10, generator=generator))
+            ours = rounding * gain * torch.exp(noise * torch.randn(10, generator=generator))
+            for figures, rows in zip(both, (rounding, ours), strict=True):
+                figures[name] = {"row_kl": rows.tolist()}
+        return [{"languages": figures} for figures in both]
+
+    languages = ("ar", "en", "fr", "hi", "ja", "nl")
+    first, figures = scored(dict.fromkeys(languages, 0.5) | {"ja": 0.8}, noise=0.05)
+    name, figure, (low, high), chance = rivals.score.worst_language(first, figures)
+    sums = [sum(map(sum, (values["row_kl"] for values in f["languages"].values()))) for f in (first, figures)]
+    own = [sum(f["languages"]["ja"]["row_kl"]) for f in (first, figures)]
+    assert name == "ja"
+    assert figure == pytest.approx(own[1] / own[0] * sums[0] / sums[1])
+    assert 1 < chance < low < figure < high
+
+    seen = [rivals.score.worst_language(*scored(dict.fromkeys(languages, 0.5), noise=0.3)) for _ in range(200)]
+    by_chance = sum(figure > chance for _, figure, _, chance in seen) / len(seen)
+    assert min(figure for _, figure, _, _ in seen) > 1
+    assert 0.005 < by_chance < 0.15  # one draw in twenty
+    assert rivals.score.worst_language(first, first)[1:] == (1, [1, 1], 1)
 
 
 def test_rows_start_with_a_document(rivals):

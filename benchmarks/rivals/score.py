@@ -49,7 +49,8 @@ def main() -> None:
 
 
 def score(original: Any, contender: Any, evaluation: Path) -> dict[str, Any]:
-    """Figures in total and of every language: kl (nats a token), same_top, perplexity, original_perplexity; kl_interval of the total.
+    """Figures in total and of every language: kl (nats a token), same_top, perplexity, original_perplexity; kl_interval of the total,
+    row_kl of each language: of its rows, in order.
 
     Args:
         original, contender: transformers models in float32.
@@ -63,8 +64,43 @@ def score(original: Any, contender: Any, evaluation: Path) -> dict[str, Any]:
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     resampled = rows[draws].sum(1)
     interval = torch.quantile(resampled[:, 1] / resampled[:, 0], ends).tolist()
-    languages = {name: _figures(rows[language == number]) for number, name in enumerate(names)}
+    languages = {}
+    for number, name in enumerate(names):
+        own = rows[language == number]
+        languages[name] = {**_figures(own), "row_kl": (own[:, 1] / own[:, 0]).tolist()}
     return {**_figures(rows), "kl_interval": interval, "languages": languages}
+
+
+def worst_language(first: dict[str, Any], figures: dict[str, Any]) -> tuple[str, float, list[float], float]:
+    """The language that gains least beside `first`, by its KL ratio to `first` over the ratio of all rows.
+
+    Args:
+        first, figures: what `score` returned of two contenders on the same rows, all of one length.
+
+    Returns:
+        Its name; the figure; the 95 % interval of this language's figure, rows drawn anew within every language and the same for both
+        contenders; what chance alone makes of the largest figure in one draw of twenty, were all languages alike.
+    """
+    names = list(figures["languages"])
+    kls = [torch.tensor([f["languages"][name]["row_kl"] for f in (first, figures)], dtype=torch.float64) for name in names]
+    found = _beside_mean(torch.stack([kl.sum(1) for kl in kls], dim=-1))
+    generator = torch.Generator().manual_seed(0)
+    draws = []
+    for kl in kls:
+        count = kl.shape[1]
+        size = max(1, count - 1)  # `count` rows drawn of so few would scatter less than others of their kind do
+        draws.append(kl[:, torch.randint(count, (RESAMPLES, size), generator=generator)].sum(-1))
+    drawn = _beside_mean(torch.stack(draws, dim=-1))
+    worst = int(found.argmax())
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    chance = torch.quantile((drawn / found).amax(-1), 0.95)  # each language levelled to the mean keeps the scatter of its rows
+    return names[worst], found[worst].item(), torch.quantile(drawn[:, worst], ends).tolist(), chance.item()
+
+
+def _beside_mean(kl: torch.Tensor) -> torch.Tensor:
+    """(..., languages): each language's ratio over that of all together, from (2, ..., languages) sums of KL."""
+    together = kl.sum(-1, keepdim=True)
+    return kl[1] / kl[0] * together[0] / together[1]
 
 
 def _sums(original: Any, contender: Any, ids: torch.Tensor) -> torch.Tensor:
