@@ -90,10 +90,13 @@ def main(device: torch.device) -> dict:
                 for where in ("cpu", device.type)
             ]
             linears = [{n: one for block in result.report["blocks"] for n, one in block["linears"].items()} for result in both]
+            # the guard says yes or no, by a handful of an expert's tokens: the last bit may turn it
+            guarded = sorted(n for n in linears[0] if any(ones[n]["fell_back"] for ones in linears))
             told["runs"][family] = {
                 "device": both[1].report["device"],
                 "kl": [result.scores["kl"] for result in both],
-                "error": [sum(one["error"] for one in ones.values()) for ones in linears],
+                "guarded": guarded,
+                "error": [sum(one["error"] for n, one in ones.items() if n not in guarded) for ones in linears],
             }
     return told
 
