@@ -79,6 +79,8 @@ def test_every_row_comes_back_in_its_place():
 
 def test_a_fold_on_rows_is_seen_by_the_metric():
     f, scale = answering(), torch.exp(randn(COUNT * WIDTH, seed=9))
+    several = metric([f, f[:1]], [scale, scale[:WIDTH]])  # queries have more heads than keys
+    assert torch.allclose(several.upper[[0, COUNT]], metric([f], [scale]).upper[[0, 0]])
     spread = torch.diag_embed(scale.view(COUNT, WIDTH))
     plain, folded = metric([spread @ f @ spread], [None]), metric([f], [scale])
     assert torch.allclose(plain.upper, folded.upper, rtol=1e-3, atol=1e-4)

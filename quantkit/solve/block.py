@@ -126,7 +126,7 @@ def _groups(
     weights: Mapping[str, Tensor],
     folding: Folding,
     inputs: Pooled,
-    grams: Mapping[str, Float[Tensor, "heads width width"]],
+    grams: Mapping[str, Float[Tensor, "_ _ _"]],
     effort: Effort,
 ) -> list[list[_Task]]:
     """Linears that are rounded together: rows that share a Gram, or experts' matrices of one shape, each with its own."""
@@ -159,7 +159,7 @@ def _rounded(
     weights: Mapping[str, Tensor],
     folding: Folding,
     inputs: Pooled,
-    grams: Mapping[str, Float[Tensor, "heads width width"]],
+    grams: Mapping[str, Float[Tensor, "_ _ _"]],
     effort: Effort,
 ) -> Iterator[tuple[str, Codes | Blocks, Target | None]]:
     """Codes of every linear in some parts of a group of `height` rows, and the target that they were rounded to."""
