@@ -24,7 +24,7 @@ DAMPING = 0.2
 Rounding = Callable[[Float[Tensor, "rows in"]], tuple[Sequence[Tensor], Float[Tensor, "rows in"]]]
 
 
-def metric(grams: Sequence[Float[Tensor, "_ width width"]], rows: Sequence[Float[Tensor, "_"] | None]) -> Factor:
+def metric(grams: Sequence[Float[Tensor, "_ width width"]], rows: Sequence[Float[Tensor, " _"] | None]) -> Factor:
     """The factor of some linears' heads, one after the other.
 
     Args:
