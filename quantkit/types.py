@@ -162,7 +162,7 @@ class InputStats:
     gram: Float[Tensor, "in in"] | None  # sum of x x^T; None where it cannot be afforded (the experts' shared input)
     drift: Float[Tensor, "in in"] | None = None  # sum of d x^T
     residual: Float[Tensor, "out in"] | None = None  # sum of e x^T, e what the residual stream lacks where the linear adds to it
-    held: "InputStats | None" = None  # the same sums over rows that are kept for judging
+    held: "InputStats | None" = None  # the same sums over tokens that are kept for judging
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,7 +225,7 @@ class Solved:
     error_rounded: float  # plain rounding: what the search had to beat
     error: float
     tokens: int  # calibration tokens that reached it
-    fell_back: bool = False  # rows that were held back liked a simpler solution better than the full search's
+    fell_back: bool = False  # tokens that were held back liked a simpler solution better than the full search's
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ HELD = 20  # every twentieth token is held back, for judging: of every row, for 
 WIDE, STRIPS = 1024, 4  # a Gram of this width is symmetric: only its upper strips are summed, 5/8 of the products
 
 
-# Some tokens' inputs of one linear: (its local name, whether its rows are held back, whether it has a Gram, "x" and what stands beside it)
+# Some tokens' inputs of one linear: (its local name, whether they are held back, whether it has a Gram, "x" and what stands beside it)
 Part = tuple[str, bool, bool, Mapping[str, Tensor]]
 Swap = Callable[[Sequence[Part]], Iterable[Part]]
 
@@ -206,7 +206,7 @@ def _add(sums: dict[tuple[str, bool], _Sums], parts: Iterable[Part], experts: Ma
 
 
 def _parts(run: _Run, pair: _Run | None, batch: Batch, held: bool, residual: Mapping[str, str], grams: bool, block: int) -> Iterator[Part]:
-    """One batch's inputs of a block, linear by linear; `held`: some of its rows are held back."""
+    """One batch's inputs of a block, linear by linear; `held`: some of its tokens are held back."""
     real = batch.counted.reshape(-1)
     back = torch.zeros_like(batch.real)
     if held:

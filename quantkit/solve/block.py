@@ -78,7 +78,7 @@ def solve_linears(
         outputs: of linears whose rows answer for one another, head by head: how far their outputs move the block's.
 
     Returns:
-        by local name; no linear is worse than plain rounding on the rows that its statistics hold back, unless a fold that others
+        by local name; no linear is worse than plain rounding on the tokens that its statistics hold back, unless a fold that others
         gain by makes it so.
 
     Raises:
@@ -301,7 +301,7 @@ def _judged(
 ) -> Solved:
     """The guard, and both errors of the linear's output around what was wanted, on some of its rows.
 
-    Where plain rounding would serve the rows better that were held back (all rows where none were), simpler solutions take the place:
+    Where plain rounding would serve the tokens better that were held back (all of them where none were), simpler solutions take the place:
     ranges by the diagonal, or the extremes, under the same fold.
     """
     scheme, dtype = codes.scheme, weight.dtype
