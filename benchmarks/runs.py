@@ -406,7 +406,7 @@ def creep(folder: Path, blocks: int = 48, early: int = 8, late: int = 40) -> dic
     last = ""
     for _, last, block in moments:
         if last == "running held-out samples" and block is not None:
-            seen[block] = _resident(child)
+            seen.setdefault(block, _resident(child))
     os.waitpid(child, 0)
     ratio = seen[late] / seen[early] if last == "ended" else float("nan")
     wrong = [] if ratio <= CREEP else [f"{last}: {ratio:.3f} times as much"]

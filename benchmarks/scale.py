@@ -138,7 +138,7 @@ def told(run: dict[str, Any], blocks: list[Block], rates: dict[str, float], wall
     ]
     for phase, total in run["seconds"].items():
         lines.append(f"{phase:28}" + "".join(f"{of.get(phase, 0):14.1f}" for of in by_block) + f"{total:10.1f}")
-    passes = [of["running the quantized block"] - of["running held-out samples"] for of in by_block]
+    passes = [of["running the quantized block"] for of in by_block]
     lines += ["", f"{'one pass of the set':28}" + "".join(f"{one:14.1f}" for one in passes) + f"{sum(passes):10.1f}"]
     forward = [tokens * block.forward / one / 1e9 for block, one in zip(blocks, passes, strict=True)]
     lines.append(f"{'  GFLOP/s (bf16)':28}" + "".join(f"{rate:14.1f}" for rate in forward))

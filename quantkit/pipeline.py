@@ -364,7 +364,7 @@ def _quantized(
         "summary": report.summary(reports, chosen.search.expert_floor),
         "adapter": asdict(checkpoint.adapter) if isinstance(checkpoint, Adapted) else None,
         "seconds": {phase: round(seconds, 2) for phase, seconds in clock.seconds.items()},
-        "seconds_by_block": [{name: round(spent, 3) for name, spent in clock.by_block.get(b.index, {}).items()} for b in plan.blocks],
+        "seconds_by_block": [{name: round(spent, 6) for name, spent in clock.by_block.get(b.index, {}).items()} for b in plan.blocks],
         "memory": clock.memory,
         "peak_memory": report.peak_memory(),
         "spilled": memory.spilled,

@@ -139,6 +139,7 @@ class Run:
                 if not behind_original:
                     self.calibration.advance(block, self.calibrated)
                 self.reserve.advance(block)
+            with self.clock.phase("running held-out samples", index):
                 self.heldout.advance(block, self.quantized)
         for stream in (self.calibration, self.heldout, *self.reserve.streams):
             stream.close()
