@@ -1,17 +1,20 @@
 """The solver beside its rivals: KL to the original, on the same calibration tokens and evaluation text, at the same bits.
 
     python benchmarks/quality.py MODEL CALIBRATION.safetensors EVALUATION.safetensors [--bits 4 3] [--schemes sym asym]
-        [--contenders rtn fast awq-w4 best] [--rivals PYTHON] [--autoround PYTHON] [--cache FOLDER] [--ablation]
+        [--contenders rtn fast awq-w4 best] [--rivals PYTHON] [--methods awq awq+gptq] [--observers minmax mse] [--autoround PYTHON]
+        [--cache FOLDER] [--ablation]
 
 Tokens are made by benchmarks/rivals/tokens.py (seed 0). Every contender runs in a process of its own, one thread, one after the other;
 its dense weights are scored in transformers in fp32 (benchmarks/rivals/score.py). `worst language` is the largest KL ratio to the first
 contender of any language over the ratio of all, with its 95 % interval (rows drawn anew within every language, the same for both); the
 largest of many is high by itself, so `chance` is what it would reach in one draw of twenty if all languages gained alike. `worse` counts
-linears that ended above plain rounding. --rivals names the interpreter of an environment with llm-compressor (`make rivals`),
---autoround one with AutoRound. --ablation switches the solver's steps off in turn.
+linears that ended above plain rounding. --rivals names the interpreter of an environment with llm-compressor (`make rivals`); it runs
+with its own ranges (minmax) and with those that serve it best (mse). --autoround names one with AutoRound. What a rival did is kept in the
+cache under a hash of all that went into it. --ablation switches the solver's steps off in turn.
 """
 
 import argparse
+import itertools
 import json
 import os
 import subprocess
@@ -56,6 +59,7 @@ def main() -> None:
     parser.add_argument("--contenders", nargs="*", default=list(OURS))
     parser.add_argument("--rivals", type=Path, metavar="PYTHON")
     parser.add_argument("--methods", nargs="+", default=["awq", "awq+gptq"])
+    parser.add_argument("--observers", nargs="+", choices=("minmax", "mse"), default=["minmax", "mse"])
     parser.add_argument("--autoround", type=Path, metavar="PYTHON")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "quantkit-rivals")
     parser.add_argument("--ablation", action="store_true")
@@ -98,9 +102,10 @@ def contenders(arguments: argparse.Namespace, bits: int, symmetric: bool) -> Any
             if symmetric:
                 yield "positive scales", *ours(arguments, output, *kind, "--unsigned")
         common = {"bits": bits, "symmetric": symmetric}
-        for method in arguments.methods if arguments.rivals else ():
-            name = f"llm-compressor {method}"
-            yield name, *run_rival(arguments.rivals, arguments.model, arguments.calibration, arguments.cache, method=method, **common)
+        for method, observer in itertools.product(arguments.methods, arguments.observers) if arguments.rivals else ():
+            name, how = f"llm-compressor {method}, {observer}", f"--observer=memoryless_{observer}"
+            found = run_rival(arguments.rivals, arguments.model, arguments.calibration, arguments.cache, how, method=method, **common)
+            yield name, *found
         if arguments.autoround:
             rival = {"rival": "autoround", **common}
             yield "AutoRound", *run_rival(arguments.autoround, arguments.model, arguments.calibration, arguments.cache, **rival)

@@ -135,9 +135,41 @@ def test_rows_start_with_a_document(rivals):
     found = list(rivals.tokens.rows(tokenizer, ["abc", "defghij", "k", "lm", "nopq", "r"], 5))
     assert found == [[1, *b"abc", 1], [1, *b"k", 1, *b"lm"], [1, *b"nopq"]]
     sources = [iter([[1], [2]]), iter([[3]]), iter([[4], [5], [6]])]
-    assert list(rivals.tokens.evenly(sources, 5)) == [[1], [3], [4], [2], [5]]
-    with pytest.raises(SystemExit, match="hold 1 rows, 2 are wanted"):
-        rivals.tokens.evenly([iter([[1]])], 2)
+    assert rivals.tokens.evenly(sources, 5, "some") == [[1], [3], [4], [2], [5]]
+    with pytest.raises(SystemExit, match="some: the sources hold 1 rows, 2 are wanted"):
+        rivals.tokens.evenly([iter([[1]])], 2, "some")
+
+
+@pytest.mark.parametrize(
+    ("language", "line", "its"),
+    [
+        ("zh", "计算机的 USB 接口\n", True),
+        ("zh", "To set up a network, plug in 网线\n", False),
+        ("ja", "電源を切る\n", True),
+        ("ko", "전원을 끕니다\n", True),
+        ("ru", "Нажмите кнопку Backspace\n", True),
+        ("ru", "print(42)\n", False),
+        ("hi", "पंक्ति की ऊँचाई\n", True),
+        ("ar", "ارتفاع الصف\n", True),
+        ("nl", "Op de werkbalk klikt u op het teken\n", True),
+        ("nl", "This is the list of all the files\n", False),
+        ("fr", "La liste des fichiers est dans le dossier\n", True),
+        ("es", "The hardware buttons on a tablet can be set\n", False),
+        ("en", "x = 42\n", True),
+    ],
+)
+def test_what_is_not_translated_is_no_text_of_its_language(rivals, language, line, its):
+    assert rivals.tokens.spoken(line, language) == its
+
+
+def test_pieces_are_lines_of_the_files_language(rivals, tmp_path):
+    line, foreign = "Строка, которая по-русски.\n", "A line that is not.\n"
+    texts = [line * 5 + foreign * 9 + line * 15, foreign * 30, line]
+    path = tmp_path / "ru_docs.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    found = rivals.tokens.pieces(path)
+    enough = -(-rivals.tokens.PIECE // len(line))
+    assert sorted(found, key=len) == [line, line * (20 - 2 * enough), line * enough, line * enough]
 
 
 FAKE = """

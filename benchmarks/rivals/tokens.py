@@ -3,15 +3,18 @@
     python benchmarks/rivals/tokens.py MODEL CALIBRATION.safetensors EVALUATION.safetensors --stories FOLDER
     python benchmarks/rivals/tokens.py MODEL CALIBRATION.safetensors EVALUATION.safetensors --calibration FOLDER --heldout FOLDER
 
-`ids` is (rows, tokens) int64 without padding. A row starts where a document starts, with the tokens that the tokenizer puts there; short
-documents follow one another, and what goes beyond a row's end is left out. Evaluation rows have a label: `language` (rows) int64, whose
-names are a JSON list in the file's metadata. Files are named by language: `fr_docs.jsonl`, one {"text": ...} a line.
+`ids` is (rows, tokens) int64 without padding. A row starts where a piece of a document starts, with the tokens that the tokenizer puts
+there; pieces follow one another, and what goes beyond a row's end is left out. Evaluation rows have a label: `language` (rows) int64,
+whose names are a JSON list in the file's metadata. Files are named by language: `fr_docs.jsonl`, one {"text": ...} a line. Of such a file
+only lines that are in its language are taken (translations of manuals are half untranslated): by script, or where that is Latin by the
+commonest words. Calibration rows are drawn evenly over files, evaluation rows over languages and over the files of each.
 """
 
 import argparse
 import itertools
 import json
 import random
+import unicodedata
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -21,8 +24,23 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 SEED = 0
-STORIES, MIXED = (48, 192), (24, 256)  # calibration rows, tokens of a row
-ROWS_OF_A_LANGUAGE = 10  # evaluation
+STORIES, MIXED = (48, 192), (54, 256)  # calibration rows, tokens of a row
+ROWS_OF_A_LANGUAGE = 16  # evaluation
+PIECE = 200  # characters, at least, of a piece of a document; it ends with a line
+SCRIPTS = {
+    "ar": ("ARABIC",),
+    "hi": ("DEVANAGARI",),
+    "ja": ("HIRAGANA", "KATAKANA", "CJK"),
+    "ko": ("HANGUL",),
+    "ru": ("CYRILLIC",),
+    "zh": ("CJK",),
+}
+WORDS = {
+    "en": "the of and to in is that for with are this be on you it",
+    "es": "el la de los las que en y un una por con para se del",
+    "fr": "le la les de des et un une du en que pour dans est vous",
+    "nl": "de het een van en in te op dat is voor met u zijn niet",
+}
 
 
 def main() -> None:
@@ -42,11 +60,12 @@ def main() -> None:
         calibration, evaluation = every[:count], [(row, "en") for row in every[count:]]
     elif arguments.calibration and arguments.heldout:
         count, length = MIXED
-        calibration = list(evenly([rows(tokenizer, file, length) for file in shuffled(files(arguments.calibration))], count))
+        files = shuffled(sorted(arguments.calibration.glob("*.jsonl")))
+        calibration = evenly([rows(tokenizer, pieces(path), length) for path in files], count, "calibration")
         languages: dict[str, list[Iterator[list[int]]]] = {}
         for path in sorted(arguments.heldout.glob("*.jsonl")):
-            languages.setdefault(path.stem.partition("_")[0], []).append(rows(tokenizer, texts(path), length))
-        evaluation = [(row, name) for name, sources in languages.items() for row in evenly(sources, ROWS_OF_A_LANGUAGE)]
+            languages.setdefault(language_of(path), []).append(rows(tokenizer, pieces(path), length))
+        evaluation = [(row, name) for name, own in languages.items() for row in evenly(own, ROWS_OF_A_LANGUAGE, f"held-out {name}")]
     else:
         parser.error("either --stories, or --calibration and --heldout")
     names = sorted({name for _, name in evaluation})
@@ -63,12 +82,32 @@ def shuffled(items: Iterable[Any]) -> list[Any]:
     return items
 
 
-def files(folder: Path) -> list[list[str]]:
-    return [texts(path) for path in sorted(folder.glob("*.jsonl"))]
+def language_of(path: Path) -> str:
+    return path.stem.partition("_")[0]
 
 
-def texts(path: Path) -> list[str]:
-    return shuffled(json.loads(line)["text"] for line in path.read_text(encoding="utf-8").splitlines())
+def pieces(path: Path) -> list[str]:
+    """Parts of the file's documents, each some lines of the file's language."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        piece = ""
+        for part in json.loads(line)["text"].splitlines(keepends=True):
+            piece += part if spoken(part, language_of(path)) else ""
+            if len(piece) >= PIECE:
+                found.append(piece)
+                piece = ""
+        found += [piece] if piece else []
+    return shuffled(found)
+
+
+def spoken(line: str, language: str) -> bool:
+    """Whether a line is in a language: most of its letters in its script, or, in Latin script, no other language's words more often."""
+    if language in SCRIPTS:
+        letters = [unicodedata.name(letter, "") for letter in line if letter.isalpha()]
+        return 2 * sum(name.startswith(SCRIPTS[language]) for name in letters) > len(letters)
+    words = line.lower().split()
+    counts = {name: sum(word in common.split() for word in words) for name, common in WORDS.items()}
+    return counts[language] == max(counts.values())
 
 
 def rows(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: int) -> Iterator[list[int]]:
@@ -81,14 +120,14 @@ def rows(tokenizer: PreTrainedTokenizerBase, documents: Iterable[str], length: i
             row = []
 
 
-def evenly(sources: list[Iterator[list[int]]], count: int) -> Iterator[list[int]]:
+def evenly(sources: list[Iterator[list[int]]], count: int, of: str) -> list[list[int]]:
     """`count` rows, one of each source in turn; a source that is used up is passed over."""
     missing = object()
     turns = itertools.chain.from_iterable(itertools.zip_longest(*sources, fillvalue=missing))
     found = list(itertools.islice((row for row in turns if row is not missing), count))
     if len(found) < count:
-        raise SystemExit(f"the sources hold {len(found)} rows, {count} are wanted")
-    return iter(found)
+        raise SystemExit(f"{of}: the sources hold {len(found)} rows, {count} are wanted")
+    return found
 
 
 if __name__ == "__main__":
