@@ -1,6 +1,6 @@
 """Where the time of a run goes at a real width, how near it is to the floor, and what the whole model would take.
 
-    python benchmarks/scale.py [--shape 26b-a4b|dense-512] [--blocks 2] [--samples N] [--threads 2] [--recipe awq-w4] [--folder DIR]
+    python benchmarks/scale.py [--shape 26b-a4b] [--blocks 2] [--samples N] [--threads 2] [--recipe awq-w4] [--folder DIR]
     python benchmarks/scale.py --paper [--config docs/gemma-4-26b-a4b.json] [--tokens 65536]
 
 The first generates a checkpoint (benchmarks/wide.py), runs `quantkit quantize` on it in a process of its own with the embedded

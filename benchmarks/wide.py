@@ -1,9 +1,10 @@
 """Checkpoints of a real width with as many blocks as asked, written shard by shard: never whole in memory.
 
-    python benchmarks/wide.py FOLDER --blocks 2 [--shape 26b-a4b|dense-512] [--vocabulary 262144]
+    python benchmarks/wide.py FOLDER --blocks 2 [--shape 26b-a4b|dense-512|experts-128] [--vocabulary 262144]
 
 26b-a4b is the public shape of Gemma 4's: hidden 2816, every 6th layer full attention with keys that serve as values, 128 experts of 704
-with 8 at work, a shared MLP of 2112, a vocabulary of 262,144 with the head tied to it. dense-512 is a Llama of width 512. The tokenizer
+with 8 at work, a shared MLP of 2112, a vocabulary of 262,144 with the head tied to it. dense-512 is a Llama of width 512; experts-128 has
+the experts and layers of the first at a width of 256, where a rival that sends every token to every expert ends in minutes. The tokenizer
 is the reference model's, whose ids are the first of the vocabulary, so that text can be fed. With 2 blocks of 26b-a4b the last is a
 full-attention one, whose o_proj has the largest Gram (8192 x 8192).
 
@@ -53,6 +54,7 @@ class Shape:
 SHAPES = {
     "26b-a4b": Shape(),
     "dense-512": Shape(hidden=512, experts=0, mlp=1408, heads=8, head=64, kv=4, vocabulary=4096),
+    "experts-128": Shape(hidden=256, expert=96, mlp=256, heads=8, head=32, kv=4, full_head=64, full_kv=2, vocabulary=4096),
 }
 
 
