@@ -22,6 +22,7 @@ from quantkit.calibrate.observe import observe
 from quantkit.calibrate.probe import apart, batches_for, heads_of, probe, sensitivity, summed
 from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluate.divergence import Score, Scores, compare
+from quantkit.finite import finite
 from quantkit.grid.decoded import decoded
 from quantkit.model.blocks import Skeleton
 from quantkit.model.checkpoint import TensorSource
@@ -448,7 +449,7 @@ def check_weight(linear: Linear, weight: Tensor) -> None:
     Raises:
         CheckpointError: NaN or infinity.
     """
-    if not bool(weight.isfinite().all()):
+    if not finite(weight):
         raise CheckpointError(f"{linear.source.tensor}: holds NaN or infinity; the checkpoint is damaged")
 
 
@@ -472,7 +473,7 @@ def _check_numbers(plan: BlockPlan, stats: Mapping[str, InputStats]) -> None:
     """
     for linear in plan.linears:
         fed = stats.get(linear.local)
-        if fed is not None and not bool(fed.square.isfinite().all()):
+        if fed is not None and not finite(fed.square):
             raise CheckpointError(
                 f"{linear.name}: NaN or infinity in the activations that it is fed: a damaged weight, or fp16 that overflows "
                 "(convert to bf16)"

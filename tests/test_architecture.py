@@ -19,7 +19,7 @@ FLOORS = (
     {"run", "formats", "inputs"},
     {"plan", "discover", "calibrate", "solve", "write", "evaluate", "publish"},  # stages: strangers to one another
     {"recipe", "families", "model", "grid", "store", "report", "hf", "ranks"},  # shelves: strangers to one another too
-    {"types", "errors", "suites", "disk"},  # nouns, and how a file is written
+    {"types", "errors", "suites", "disk", "finite"},  # nouns, and how a file is written
 )
 SHELVES = FLOORS[-2]
 SEES = {  # of the shelves; cli, pipeline and run see all of them

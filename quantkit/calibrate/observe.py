@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from quantkit.calibrate.kept import Kept
 from quantkit.errors import CheckpointError
+from quantkit.finite import finite
 from quantkit.model.experts import is_experts
 from quantkit.model.streams import State, Stream
 from quantkit.types import Batch, InputStats
@@ -236,7 +237,7 @@ def _check(seen: _Seen, real: Tensor, batch: Batch, block: int) -> None:
     Raises:
         CheckpointError: NaN or infinity in an input.
     """
-    if bool(seen.x.isfinite().all()):
+    if finite(seen.x):
         return
     wrong = ((real if seen.token is None else real[seen.token]) & ~seen.x.isfinite().all(-1)).nonzero().flatten()
     if len(wrong):  # not in padding alone

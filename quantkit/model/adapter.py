@@ -18,6 +18,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from quantkit.errors import AdapterError, CheckpointError
+from quantkit.finite import finite
 from quantkit.model.checkpoint import WEIGHTS, TensorSource, read_json
 from quantkit.types import Entry
 
@@ -139,14 +140,14 @@ class Adapted:
             norm = torch.linalg.vector_norm(weight, dim=0 if merge.embedding else 1, keepdim=True)
             weight *= self._tensor(merge.magnitude).float().view_as(norm) / norm
         weight = weight.to(dtype)
-        if not _finite(weight):
+        if not finite(weight):
             raise AdapterError(f"{self._file}: {name} is not finite once merged; the base is damaged, or the adapter for another model")
         return weight
 
     def _tensor(self, key: str) -> Tensor:
         with safe_open(self._file, "pt") as file:  # opened anew, so that this object can be sent to worker processes
             tensor: Tensor = file.get_tensor(key)
-        if not _finite(tensor):
+        if not finite(tensor):
             raise AdapterError(f"{self._file}: {key} holds a NaN or an infinity; train again, or take an earlier save")
         return tensor
 
@@ -295,7 +296,3 @@ def _shapes(path: Path) -> Shapes:
     if odd := next((key for key in types if types[key] not in FLOATS), None):
         raise AdapterError(f"{path}: {odd} is {types[odd]}, not fp32, fp16 or bf16; save the adapter without quantizing it")
     return shapes
-
-
-def _finite(tensor: Tensor) -> bool:
-    return all(value.isfinite() for value in torch.aminmax(tensor))  # both are NaN if any is; no mask as large as the tensor

@@ -25,6 +25,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from quantkit.errors import CheckpointError, FamilyError
+from quantkit.finite import finite
 from quantkit.model.blocks import Skeleton
 from quantkit.model.memory import Activations
 from quantkit.types import Batch
@@ -58,7 +59,7 @@ class State:
         Raises:
             CheckpointError: NaN or infinity in a hidden state.
         """
-        if not all(bool(hidden.isfinite().all()) for hidden in self.hidden):
+        if not all(map(finite, self.hidden)):
             raise CheckpointError(f"{what}: NaN or infinity in the activations: a damaged weight, or fp16 that overflows (convert to bf16)")
 
 
@@ -80,7 +81,7 @@ class Stream:
 
         def embedded(number: int) -> Tensor:
             hidden = self._arguments(number, 0, None)[0]
-            if not bool(hidden.isfinite().all()):
+            if not finite(hidden):
                 raise CheckpointError(f"the embeddings: NaN or infinity {self._at(hidden, number)}; the checkpoint is damaged")
             return hidden
 
@@ -109,7 +110,7 @@ class Stream:
         out, beside = (made[0], made[1:]) if isinstance(made, tuple) and made else (made, None)
         if not torch.is_tensor(out) or out.shape != state.hidden[batch].shape:
             raise FamilyError(f"{type(block).__name__} returns no hidden states of the shape it was given, so it cannot be streamed")
-        if dtype is None and not bool(out.isfinite().all()):
+        if dtype is None and not finite(out):
             raise CheckpointError(self._blame(block, out, lambda: block(hidden, *args, **kwargs), batch))
         state.ahead[batch] = beside
         return out
@@ -121,7 +122,7 @@ class Stream:
         def hook(name: str) -> Callable[..., None]:
             def see(module: nn.Module, args: Any, made: Any) -> None:
                 made = made[0] if isinstance(made, tuple) else made
-                if not found and torch.is_tensor(made) and not bool(made.isfinite().all()):
+                if not found and torch.is_tensor(made) and not finite(made):
                     found.append((name, module))
 
             return see
@@ -136,7 +137,7 @@ class Stream:
         where, at = f"block {self.skeleton.open}", self._at(out, batch)
         for name, module in found:
             for leaf, weight in module.named_parameters():
-                if not bool(weight.isfinite().all()):
+                if not finite(weight):
                     return f"{where}: {name}.{leaf} holds NaN or infinity (met {at}); the checkpoint is damaged"
             where += f": {name}"
         return f"{where}: NaN or infinity in the activations {at}: a damaged weight, or fp16 that overflows (convert to bf16)"

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers.core_model_loading import revert_weight_conversion
 
 from quantkit.errors import CheckpointError, FamilyError
+from quantkit.finite import finite
 from quantkit.model.blocks import Skeleton
 from quantkit.model.config import parse_config, said
 from quantkit.model.streams import Stream
@@ -197,7 +198,7 @@ def build_twin(config: Json, dtype: torch.dtype, seed: int = 0, experts: str = "
         except Exception as problem:  # transformers raises anything
             first = first or said(problem)
             continue
-        if not bool(logits.isfinite().all()):
+        if not finite(logits):
             raise FamilyError(f"config.json: a small random {kind} computes no finite logits; write its table by hand")
         return model, logits
     raise FamilyError(f"config.json: a small {kind} cannot be built and run on a CPU ({first}); write its table by hand")

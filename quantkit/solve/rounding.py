@@ -14,6 +14,7 @@ import torch
 from jaxtyping import Float, Int8
 from torch import Tensor
 
+from quantkit.finite import finite
 from quantkit.grid.integer import decode, encode
 from quantkit.grid.superblock import GROUP, SIZES, Superblocks, fit, grid_of, joined, nearest, with_codes
 from quantkit.solve import ranges
@@ -47,7 +48,7 @@ def factor(gram: Float[Tensor, "stack in in"], damping: float) -> Factor:
     Raises:
         ValueError: a Gram that holds NaN or infinity, which no damping mends.
     """
-    if not bool(gram.isfinite().all()):
+    if not finite(gram):
         raise ValueError("a Gram with NaN or infinity has no factor")
     mean = gram.diagonal(dim1=1, dim2=2).mean(-1, dtype=torch.float64)
     mean = torch.where(mean == 0, 1.0, mean)
