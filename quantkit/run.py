@@ -20,15 +20,14 @@ from quantkit.calibrate.coverage import cells_of, top_up, watch_routing
 from quantkit.calibrate.kept import Kept
 from quantkit.calibrate.observe import observe
 from quantkit.calibrate.probe import apart, batches_for, heads_of, probe, sensitivity, summed
-from quantkit.errors import CalibrationError, CheckpointError
 from quantkit.evaluate.divergence import Score, Scores, compare
-from quantkit.finite import finite
 from quantkit.grid.decoded import decoded
 from quantkit.model.blocks import Skeleton
 from quantkit.model.checkpoint import TensorSource
 from quantkit.model.experts import replace_weight, weight_of
 from quantkit.model.memory import give_back_memory
 from quantkit.model.proof import PROVEN, fold_change
+from quantkit.model.sound import block_weights, check_numbers, check_stats, check_weight
 from quantkit.model.streams import State, Stream
 from quantkit.ranks import Ranks
 from quantkit.recipe import Recipe
@@ -125,10 +124,7 @@ class Run:
                 if behind_original:
                     self.calibration.advance(block, self.calibrated)
                 if self.reference is not None:
-                    with watch_routing(block, self.calibration.batches, self.cells) as routing:
-                        self.calibration.advance(block, self.reference)
-                    self._draw(block, routing)
-                    self.reserve_reference.advance(block)
+                    self._past(block, self.reference)
                 solved = self._recalled(plan)
             else:
                 solved = self._solve(plan, block, behind_original)
@@ -152,7 +148,10 @@ class Run:
     def _solve(self, plan: BlockPlan, block: nn.Module, behind_original: bool) -> SolvedBlock:
         """Observe, solve and store the open block; where later blocks shall see the original, the observing pass moves the stream."""
         weights, kept = block_weights(plan, block, self.skeleton, self.plan.dtype)
-        if self.reference is not None:
+        if self.reference is not None and not plan.stages:  # nothing of it is quantized
+            self._past(block, self.reference)
+            solved = SolvedBlock(plan.index, {}, {}, ())
+        elif self.reference is not None:
             solved = self._in_stages(plan, block, weights, kept)
         else:
             stats: dict[str, InputStats] = {}
@@ -160,7 +159,7 @@ class Run:
             if self.recipe.method != "rtn":
                 with self.clock.phase("observing", plan.index):
                     stats = self._observe(block, _quantized(plan), move=behind_original)
-                    _check_stats(plan, block, stats)
+                    check_stats(plan, block, stats)
             with self.clock.phase("solving", plan.index):
                 effort = effort_of(self.recipe)
                 inputs = Pooled(stats, effort.expert_floor)
@@ -175,6 +174,13 @@ class Run:
             if self.store is not None:
                 self.store.put(solved)
         return solved
+
+    def _past(self, block: nn.Module, reference: State) -> None:
+        """The streams of the original, through a block that is not to be solved."""
+        with watch_routing(block, self.calibration.batches, self.cells) as routing:
+            self.calibration.advance(block, reference)
+        self._draw(block, routing)
+        self.reserve_reference.advance(block)
 
     def _observe(self, block: nn.Module, wanted: Iterable[str], move: bool) -> dict[str, InputStats]:
         grams = self.recipe.search.compensate or self.recipe.search.folds
@@ -218,7 +224,7 @@ class Run:
             drawn, hungry = self._draw(block, routing)
             for more in self._spare(drawn, hungry, block, self.reserve_reference, set(wanted), grams=False):
                 fed = added(fed, more)
-            _check_stats(plan, block, fed)
+            check_stats(plan, block, fed)
             outputs = self._probed(plan, block, self.reference)
         with self.clock.phase("solving", plan.index):
             matter = sensitivity(outputs) if search.sensitivity else {}
@@ -250,7 +256,7 @@ class Run:
                     self.reserve_reference.advance(block)
                 if last and not pairs:
                     self.calibration.advance(block, self.reference)
-                _check_numbers(plan, stats)
+                check_numbers(plan, stats)
             with self.clock.phase("solving", plan.index):
                 linears = [linear for linear in plan.linears if linear.local in stage]
                 done = solve_linears(linears, weights, folding, Pooled(stats, effort.expert_floor), effort, stats, turns, outputs)
@@ -424,60 +430,6 @@ def _only(stats: Mapping[str, InputStats], experts: Container[str]) -> dict[str,
 
 def _quantized(plan: BlockPlan) -> list[str]:
     return [linear.local for linear in plan.linears if linear.scheme]
-
-
-def block_weights(plan: BlockPlan, block: nn.Module, skeleton: Skeleton, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Views of every linear to be solved, and the block's other tensors, by local name, as the model computes with them.
-
-    Raises:
-        CheckpointError: a weight that is not finite.
-    """
-    weights, checkpoint, device = {}, skeleton.checkpoint, skeleton.device
-    for linear in plan.linears:
-        if linear.scheme is None:
-            continue
-        weight = weight_of(block, linear.local)
-        # published leftovers that the model does not read (keys and values of layers that borrow them) have no module
-        weights[linear.local] = checkpoint.view(linear.source.tensor).to(device, dtype) if weight is None else weight
-        check_weight(linear, weights[linear.local])
-    return weights, {local: checkpoint.view(name).to(device, dtype) for local, name in plan.kept.items()}
-
-
-def check_weight(linear: Linear, weight: Tensor) -> None:
-    """Refuse a weight that is not finite.
-
-    Raises:
-        CheckpointError: NaN or infinity.
-    """
-    if not finite(weight):
-        raise CheckpointError(f"{linear.source.tensor}: holds NaN or infinity; the checkpoint is damaged")
-
-
-def _check_stats(plan: BlockPlan, block: nn.Module, stats: Mapping[str, InputStats]) -> None:
-    """Refuse to solve a linear that the model never called.
-
-    Raises:
-        CalibrationError: there is one.
-    """
-    for linear in plan.linears:
-        if linear.scheme is not None and linear.local not in stats and weight_of(block, linear.local) is not None:
-            raise CalibrationError(f"{linear.name}: the model never called this linear during calibration, so it cannot be solved")
-    _check_numbers(plan, stats)
-
-
-def _check_numbers(plan: BlockPlan, stats: Mapping[str, InputStats]) -> None:
-    """Refuse to solve from what is no number.
-
-    Raises:
-        CheckpointError: NaN or infinity in a linear's inputs.
-    """
-    for linear in plan.linears:
-        fed = stats.get(linear.local)
-        if fed is not None and not finite(fed.square):
-            raise CheckpointError(
-                f"{linear.name}: NaN or infinity in the activations that it is fed: a damaged weight, or fp16 that overflows "
-                "(convert to bf16)"
-            )
 
 
 @torch.no_grad()

@@ -22,11 +22,12 @@ from quantkit.families import gguf_of
 from quantkit.model.blocks import Skeleton
 from quantkit.model.memory import give_back_memory
 from quantkit.model.proof import outputs_with
+from quantkit.model.sound import block_weights
 from quantkit.model.streams import State, Stream
 from quantkit.plan import GRIDS, SUPER, any_match, served_as
 from quantkit.recipe import Recipe, Weights
 from quantkit.report import Clock
-from quantkit.run import block_weights, effort_of
+from quantkit.run import effort_of
 from quantkit.solve.block import nearly
 from quantkit.solve.budget import allocate
 from quantkit.solve.folds import choose_folds

@@ -21,10 +21,11 @@ from quantkit.calibrate.observe import observe
 from quantkit.inputs import Samples
 from quantkit.model.blocks import Skeleton
 from quantkit.model.checkpoint import Checkpoint
+from quantkit.model.sound import block_weights
 from quantkit.model.streams import Stream
 from quantkit.plan import make_plan
 from quantkit.recipe import load_recipe
-from quantkit.run import block_weights, effort_of
+from quantkit.run import effort_of
 from quantkit.solve.block import solve_block
 from quantkit.store import taken_apart
 

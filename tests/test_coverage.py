@@ -6,14 +6,14 @@ import torch
 from torch import Tensor
 
 from quantkit.calibrate.batches import make_batches, reserve_batches
-from quantkit.calibrate.collect import Reserve, collect
+from quantkit.calibrate.collect import Reserve, added, collect
 from quantkit.calibrate.coverage import cells_of, coverage_report, hungry, top_up, watch_routing
 from quantkit.calibrate.draw import Row
 from quantkit.calibrate.observe import observe
 from quantkit.model.blocks import Skeleton
 from quantkit.model.checkpoint import Checkpoint
 from quantkit.model.streams import State, Stream
-from quantkit.types import Batch, BlockStatistics
+from quantkit.types import Batch, BlockStatistics, InputStats
 
 MOE = ("gemma4_moe", "qwen3_moe", "mixtral")
 
@@ -238,3 +238,14 @@ def test_a_reserve_keeps_its_order_and_its_budget():
     assert set(ids) == {f"3-{number}" for number in range(len(ids))}
     assert next(source).labels["id"] < "3-30", "no further than needed"
     assert reserve_batches(iter(()), 100, 64) == []
+
+
+def test_what_the_reserve_alone_fed_keeps_its_drift():
+    none, some = InputStats(0, torch.zeros(4), torch.zeros(4), torch.zeros(4, 4)), torch.full((4,), 9.0)
+    drifted = InputStats(9, some, some, torch.eye(4), drift=torch.eye(4))
+    for mine, more in ((none, drifted), (drifted, none)):
+        sums = added({"experts.0.down_proj": mine}, {"experts.0.down_proj": more})["experts.0.down_proj"]
+        assert sums.tokens == 9
+        assert torch.equal(sums.drift, torch.eye(4))
+    both = added({"one": drifted}, {"one": drifted})["one"]
+    assert (both.tokens, float(both.drift.sum())) == (18, 8.0)

@@ -9,7 +9,7 @@ from quantkit.calibrate.observe import HELD, observe
 from quantkit.calibrate.probe import TOKENS_OF_A_ROW, apart, batches_for, heads_of, probe, sensitivity, summed
 from quantkit.model import proof
 from quantkit.model.blocks import Skeleton
-from quantkit.model.experts import replace_weight, weight_of
+from quantkit.model.experts import is_experts, replace_weight, weight_of
 from quantkit.model.streams import State, Stream
 from quantkit.types import Batch
 
@@ -139,6 +139,33 @@ def test_probes_tell_how_the_rows_of_a_head_move_the_block(local, root):  # noqa
     for one in probes[:3]:
         assert torch.allclose(one.gram.diagonal(dim1=1, dim2=2).flatten(), one.square, rtol=1e-4, atol=1e-8)
         assert int(one.tokens) == 5
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3n_text"])
+def test_padding_moves_no_probe(family, root):  # noqa: F811
+    """A row alone, and padded to eight times its length: what its tokens' keys and values are worth is the same."""
+    ids = torch.randint(20, 300, (1, 8), generator=torch.Generator().manual_seed(0))
+    padded = torch.zeros(1, 64, dtype=torch.long)
+    padded[:, :8] = ids
+    found, wanted = [], ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.up_proj"]
+    for batch in (Batch(ids, torch.ones_like(ids, dtype=torch.bool)), Batch(padded, torch.arange(64)[None] < 8)):
+        stream, state = opened(family, root, [batch])
+        with stream.skeleton.block(0) as block:
+            probes = [probe(stream, block, state, set(wanted), 0, {}, seed=seed) for seed in range(200)]
+        found.append(torch.stack([sum(one[local].square.sum() for one in probes) for local in wanted]))
+    assert torch.allclose(found[0], found[1], rtol=0.15)
+
+
+def test_an_experts_probe_is_of_what_it_computes_itself(root):  # noqa: F811
+    """Its router's weight is in the sums of its inputs: down's rows go straight to the output, so there all experts matter alike."""
+    stream, state = opened("mixtral", root)
+    with stream.skeleton.block(0) as block:
+        experts = next(name for name, module in block.named_modules() if is_experts(module))
+        wanted = {f"{experts}.{number}.down_proj" for number in range(len(block.get_submodule(experts).down_proj))}
+        found = probe(stream, block, state, wanted, 0, {})
+    assert len(found) > 1
+    for one in found.values():
+        assert torch.allclose(one.square / one.tokens, torch.ones_like(one.square), rtol=1e-3)
 
 
 def test_probes_add_up_in_the_batches_order_whoever_sends_them(root):  # noqa: F811

@@ -11,7 +11,8 @@ from transformers.models.llama.modeling_llama import repeat_kv
 
 from quantkit.grid.integer import decode, encode, from_codes, limits, storable, to_codes
 from quantkit.solve import awq, ranges
-from quantkit.solve.block import solve_block
+from quantkit.solve.block import solve_block, solve_linears
+from quantkit.solve.folds import Folding
 from quantkit.solve.pooling import Pooled, kind
 from quantkit.types import BlockPlan, Codes, Effort, Fold, InputStats, Linear, Scheme, SolvedBlock, Source
 
@@ -411,9 +412,45 @@ def test_an_expert_without_tokens_takes_the_pools_word(floor):
 
 
 def test_where_no_expert_saw_a_token_every_channel_counts_the_same():
-    own = Pooled({"experts.0.down_proj": InputStats(0, torch.zeros(8), torch.zeros(8), torch.zeros(8, 8))}, 128)["experts.0.down_proj"]
+    def empty(gram: torch.Tensor | None) -> InputStats:
+        return InputStats(0, torch.zeros(8), torch.zeros(8), gram)
+
+    pooled = Pooled({"experts.0.down_proj": empty(torch.zeros(8, 8)), "experts.0.up_proj": empty(None)}, 128)
+    own = pooled["experts.0.down_proj"]
     assert torch.equal(own.square, torch.ones(8))
-    assert own.gram is None
+    assert torch.equal(own.gram, torch.eye(8))
+    assert pooled["experts.0.up_proj"].gram is None
+    expert = Linear("experts.0.down_proj", "experts.0.down_proj", Source("experts.0.down_proj"), (6, 8), Scheme(4, 8, True))
+    weights = {"experts.0.down_proj": randn(6, 8).bfloat16()}
+    found = solve_linears([expert], weights, Folding(), pooled, Effort(folds=False, compensate=True))["experts.0.down_proj"]
+    assert found.error <= found.error_rounded
+
+
+@pytest.mark.parametrize("poor", [0, 2])
+def test_an_expert_without_tokens_takes_no_word_from_the_others(poor):
+    """Whichever it is: the pool's drift and its held tokens stay, and it gets the pool's drift with the pool's Gram."""
+    x = [randn(60, 8, seed=e) for e in range(3)]
+    drift = [0.1 * randn(8, 8, seed=9 + e) for e in range(3)]
+    names = [f"experts.{e}.down_proj" for e in range(3)]
+    rich = [replace(stats_of(one), drift=moved, held=stats_of(one[:3])) for one, moved in zip(x, drift, strict=True)]
+    stats = dict(zip(names, rich, strict=True))
+    stats[names[poor]] = InputStats(0, torch.zeros(8), torch.zeros(8), torch.zeros(8, 8))
+    others = [e for e in range(3) if e != poor]
+    pooled = Pooled(stats, 20)
+    for e in others:
+        own = pooled[names[e]]
+        pool = sum(drift[other] for other in others) * 20 / 120
+        assert torch.allclose(own.drift, (drift[e] + pool) * 60 / 80, rtol=1e-4, atol=1e-6)
+        assert own.held is not None
+    assert torch.allclose(pooled[names[poor]].drift, sum(drift[other] for other in others) / 120, rtol=1e-4, atol=1e-6)
+
+
+def test_an_expert_that_held_nothing_back_leaves_the_others_theirs():
+    names = [f"experts.{e}.down_proj" for e in range(2)]
+    fed, judged = stats_of(randn(15, 8)), replace(stats_of(randn(60, 8, seed=1)), held=stats_of(randn(3, 8, seed=2)))
+    pooled = Pooled(dict(zip(names, (fed, judged), strict=True)), 20)
+    assert pooled[names[0]].held is None
+    assert pooled[names[1]].held is not None
 
 
 def test_pooling_leaves_its_inputs_alone():

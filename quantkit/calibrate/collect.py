@@ -5,7 +5,7 @@ Plain sums over tokens, for files that others read; what the solver wants to kno
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import torch
@@ -91,6 +91,8 @@ def _plus(one: Any, other: Any) -> Any:
     if one is None or other is None:
         return None
     if isinstance(one, InputStats):
+        if not one.tokens or not other.tokens:  # sums that come with the first token are zero, not unknown
+            return replace(one if one.tokens else other, held=one.held)
         sums = {part.name: _plus(getattr(one, part.name), getattr(other, part.name)) for part in fields(InputStats)}
         return InputStats(**{**sums, "held": one.held})  # what is kept for judging stays the calibration set's own
     return one + other

@@ -1,11 +1,13 @@
 """How far the open block's output moves with what its linears put out: a random probe, backwards through a few batches.
 
 The gradient g of z . block(h) for random signs z has, at a linear's output, the expected second moments of the block's Jacobian there
-(Hutchinson's estimator): g^2 says how much each row matters, g g^T which rows answer for one another.
+(Hutchinson's estimator): g^2 says how much each row matters, g g^T which rows answer for one another. An expert's are before its router
+weighs them: its inputs are summed by that weight.
 """
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float
@@ -43,6 +45,16 @@ def batches_for(heads: Mapping[str, int], tokens: Sequence[int]) -> range:
     return range(first, last)
 
 
+@dataclass(frozen=True, slots=True)
+class _Grown:
+    """One linear's outputs in the probed run, or an expert's."""
+
+    local: str
+    out: Float[Tensor, "*rows out"]
+    chosen: Bool[Tensor, " rows"]  # those that count
+    weight: Float[Tensor, " rows"] | None  # the router's, where it has one
+
+
 def probe(
     stream: Stream, block: nn.Module, state: State, wanted: Collection[str], batch: int, heads: Mapping[str, int], seed: int = 0
 ) -> dict[str, OutputStats]:
@@ -52,37 +64,46 @@ def probe(
         wanted: local names of linears, experts' among them.
         heads: of some of them the rows of a head: sums of g g^T, too, head by head.
     """
-    outputs: list[tuple[str, Tensor, Bool[Tensor, " rows"]]] = []
+    outputs: list[_Grown] = []
     real = stream.batches[batch].counted.reshape(-1)
+    routing: dict[str, tuple[Tensor, Tensor]] = {}
 
-    def grown(local: str, out: Tensor, chosen: Tensor) -> Tensor:
+    def grown(local: str, out: Tensor, chosen: Tensor, weight: Tensor | None = None) -> Tensor:
         out = out if out.requires_grad else out.requires_grad_(True)
-        outputs.append((local, out, chosen))
+        outputs.append(_Grown(local, out, chosen, weight))
         return out
+
+    def of_expert(name: str, leaf: str, expert: int, token: Tensor, out: Tensor) -> Tensor:
+        index, weights = (one.detach() for one in routing[name])
+        return grown(f"{name}.{expert}.{leaf}", out, real[token], (weights[token] * (index[token] == expert)).sum(-1))
 
     handles = []
     for local, module in block.named_modules():
         if isinstance(module, nn.Linear) and local in wanted:
             handles.append(module.register_forward_hook(lambda m, a, out, local=local: grown(local, out, real)))
         elif is_experts(module):
-            module.tap = lambda leaf, expert, token, out, name=local: grown(f"{name}.{expert}.{leaf}", out, real[token])  # type: ignore[assignment]
+            handles.append(module.register_forward_pre_hook(lambda m, args, local=local: routing.update({local: args[1:]})))
+            module.tap = partial(of_expert, local)  # type: ignore[assignment]
     try:
         with torch.enable_grad():
             out = stream.run(block, state.fork(), batch, grad=True)
             signs = torch.randint(0, 2, out.shape, generator=torch.Generator().manual_seed(seed)).to(out) * 2 - 1
-            gradients = torch.autograd.grad((out * signs).sum(), [one for _, one, _ in outputs], allow_unused=True)
+            stream.by_token(signs).mul_(stream.batches[batch].real[..., None])  # nobody reads what comes of padding
+            gradients = torch.autograd.grad((out * signs).sum(), [one.out for one in outputs], allow_unused=True)
     finally:
         for handle in handles:
             handle.remove()
         for module in block.modules():
             module.__dict__.pop("tap", None)
     found: dict[str, OutputStats] = {}
-    for (local, _, chosen), gradient in zip(outputs, gradients, strict=True):
+    for one, gradient in zip(outputs, gradients, strict=True):
         if gradient is None:
             continue
-        flat = gradient.reshape(-1, gradient.shape[-1])[: len(chosen)][chosen].float()  # experts' rows may be padded behind
-        stem, _, leaf = local.rpartition(".")
-        parts = {f"{stem}.gate_proj": 0, f"{stem}.up_proj": 1} if leaf == "gate_up_proj" else {local: 0}
+        flat = gradient.reshape(-1, gradient.shape[-1])[: len(one.chosen)][one.chosen].float()  # experts' rows may be padded behind
+        if one.weight is not None:  # it weighs the tokens already, where inputs are summed
+            flat /= one.weight[one.chosen, None].float().clamp(min=torch.finfo(torch.float32).tiny)
+        stem, _, leaf = one.local.rpartition(".")
+        parts = {f"{stem}.gate_proj": 0, f"{stem}.up_proj": 1} if leaf == "gate_up_proj" else {one.local: 0}
         for name, share in zip(parts, flat.chunk(len(parts), -1), strict=True):
             if name in wanted and len(share):
                 tokens, by_head = torch.tensor(len(share), device=share.device), _by_head(share, heads[name]) if name in heads else None

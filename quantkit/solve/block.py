@@ -4,6 +4,7 @@ A block is solved in stages, in the order of computation, so that each stage's s
 stages' rounding. `solve_block` does it in one, from statistics of the whole block.
 """
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import repeat
@@ -322,9 +323,10 @@ def _judged(
     def worth(rounded: Float[Tensor, "rows in"]) -> tuple[float, float]:
         """What it costs beyond plain rounding, in doubt the worse of what was seen and held back; and its loss on what was seen."""
         seen = loss(wanted, rounded, fed)
-        if held is None or plain_held is None:
-            return seen - plain_seen, seen
-        return max(seen - plain_seen, loss(original, rounded, held, lacks) - plain_held), seen
+        more = seen - plain_seen
+        if held is not None and plain_held is not None:
+            more = max(more, loss(original, rounded, held, lacks) - plain_held)
+        return math.inf if math.isnan(more) else more, seen
 
     def of(rounded: Codes | Blocks) -> Float[Tensor, "rows in"]:
         if isinstance(rounded, Blocks):
@@ -336,14 +338,16 @@ def _judged(
 
     best, fell_back = of(codes), False
     cost, seen = worth(best)
-    if cost > 0 and effort.shrinks > 1:
+    if cost > 0 and (effort.compensate or effort.shrinks > 1):
         task = _Task(local, scheme, (weight.shape[0], weight.shape[1]))
-        for shrinks in (effort.shrinks, 1):
+        for shrinks in dict.fromkeys((effort.shrinks, 1)):
             other_codes = _nearest(task, weight, folding, inputs, shrinks)
             simpler = of(other_codes)
             value, other_seen = worth(simpler)
             if value < cost:
                 codes, cost, seen, fell_back = other_codes, value, other_seen, True
+        if cost == math.inf:
+            raise ValueError("its outputs are beyond fp32")
     power = max(loss(original, torch.zeros_like(original), fed), 1e-30)
     return Solved(
         codes,

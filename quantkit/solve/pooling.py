@@ -65,27 +65,38 @@ class Pooled:
 
 
 def _sum(so_far: InputStats | None, own: InputStats) -> InputStats:
-    """A running sum of statistics; the Grams of the first argument are written."""
+    """A running sum of statistics; the Grams of the first argument are written. What one lacks, for no token came, is nothing to add."""
     if so_far is None:
-        gram, drift = (None if one is None else one.clone() for one in (own.gram, own.drift))
-        held = None if own.held is None else _sum(None, own.held)
-        return InputStats(own.tokens, own.abs, own.square, gram, drift, None, held)
-    for total, part in ((so_far.gram, own.gram), (so_far.drift, own.drift)):
-        if total is not None and part is not None:
-            total.add_(part)
-    held = so_far.held if own.held is None or so_far.held is None else _sum(so_far.held, own.held)
-    return InputStats(so_far.tokens + own.tokens, so_far.abs + own.abs, so_far.square + own.square, so_far.gram, so_far.drift, None, held)
+        so_far = InputStats(0, torch.zeros_like(own.abs), torch.zeros_like(own.square), None)
+
+    def plus(total: Tensor | None, part: Tensor | None) -> Tensor | None:
+        if total is None or part is None:
+            return total if part is None else part.clone()
+        return total.add_(part)
+
+    return InputStats(
+        so_far.tokens + own.tokens,
+        so_far.abs + own.abs,
+        so_far.square + own.square,
+        plus(so_far.gram, own.gram),
+        plus(so_far.drift, own.drift),
+        None,
+        so_far.held if own.held is None else _sum(so_far.held, own.held),
+    )
 
 
 def _shrunk(own: InputStats, pool: InputStats, floor: int | float) -> InputStats:
     if not pool.tokens:
-        return InputStats(1, torch.ones_like(own.abs), torch.ones_like(own.square), None)
+        even = torch.ones_like(own.square)
+        return InputStats(1, even, even, None if own.gram is None else even.diag())
     share = floor if own.tokens else max(floor, 1)
     weight, tokens = share / pool.tokens, max(own.tokens, 1)
     scale = tokens / (own.tokens + share)
 
     def blend(mine: Tensor | None, all_: Tensor | None) -> Tensor | None:
-        return None if mine is None or all_ is None else torch.add(mine, all_, alpha=weight).mul_(scale)
+        if all_ is None or (mine is None and own.tokens):
+            return None
+        return (all_ * weight if mine is None else torch.add(mine, all_, alpha=weight)).mul_(scale)
 
     held = None
     if own.held is not None and pool.held is not None and pool.held.tokens:
