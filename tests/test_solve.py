@@ -453,7 +453,7 @@ def plan_of(
 class Block:
     """Attention without its mixing (each token reads its own values) and an MLP, both with loud channels."""
 
-    def __init__(self, offset: float = 0.0, dtype: torch.dtype = torch.bfloat16, bias: bool = False):
+    def __init__(self, offset: float = 0.0, dtype: torch.dtype = torch.bfloat16, bias: bool = False, norm_bias: bool = False):
         self.offset = offset
         self.weights = {n: (randn(*shape, seed=i) * shape[1] ** -0.5).to(dtype) for i, (n, shape) in enumerate(SHAPES.items())}
         gain = 1 + 0.1 * randn(2, HIDDEN, seed=20)
@@ -463,6 +463,8 @@ class Block:
         self.kept = {name: (g - offset).to(dtype) for name, g in zip(names, gain, strict=True)}
         # channels that are loud for o and down, one in each of their groups
         self.kept["mlp.gate_proj.bias"] = torch.zeros(WIDTH).index_fill(0, torch.tensor([9, 50, 80]), 40.0).to(dtype)
+        if norm_bias:
+            self.kept |= {name.replace("weight", "bias"): randn(HIDDEN, seed=32 + i).to(dtype) for i, name in enumerate(names)}
         if bias:
             self.kept["self_attn.q_proj.bias"] = randn(64, seed=31).to(dtype)
             self.kept["self_attn.v_proj.bias"] = randn(VALUES, seed=30).index_fill(0, torch.tensor([5, 20]), 40.0).to(dtype)
@@ -480,11 +482,16 @@ class Block:
             return outputs[name] + kept.get(f"{name}.bias", torch.zeros(())).float()
 
         x = self.x / self.x.square().mean(-1, keepdim=True).sqrt()
-        normed = x * (self.offset + kept["input_layernorm.weight"].float())
+
+        def norm(name: str) -> Tensor:
+            bias = kept.get(f"{name}.bias", torch.zeros(()))
+            return x * (self.offset + kept[f"{name}.weight"].float()) + bias.float()
+
+        normed = norm("input_layernorm")
         linear("self_attn.q_proj", normed)
         v = linear("self_attn.v_proj", normed).view(len(x), -1, HEAD)
         linear("self_attn.o_proj", v.repeat_interleave(2, 1).reshape(len(x), -1))
-        normed = x * (self.offset + kept["post_attention_layernorm.weight"].float())
+        normed = norm("post_attention_layernorm")
         gated = torch.nn.functional.silu(linear("mlp.gate_proj", normed)) * linear("mlp.up_proj", normed)
         linear("mlp.down_proj", gated)
         return inputs, outputs
@@ -553,10 +560,12 @@ def test_errors_are_those_of_the_running_block(offset):
         assert scale.error_rounded == pytest.approx(relative(plainly[name], wanted[name]), rel=1e-3)
 
 
-@pytest.mark.parametrize("offset, bias", [(0.0, False), (1.0, False), (0.0, True)])
-def test_the_folded_block_computes_what_the_block_computes(offset, bias):
+@pytest.mark.parametrize(
+    "offset, bias, norm_bias", [(0.0, False, False), (1.0, False, False), (0.0, True, False), (0.0, False, True), (1.0, True, True)]
+)
+def test_the_folded_block_computes_what_the_block_computes(offset, bias, norm_bias):
     """At 8 bits rounding is small beside any scale that enters the wrong channel, or leaves and does not enter."""
-    block = Block(offset, bias=bias)
+    block = Block(offset, bias=bias, norm_bias=norm_bias)
     solved = block.solve(dict.fromkeys(SHAPES, W8))
     assert all(report.exponents is not None and report.scale_range[1] > 1.5 * report.scale_range[0] for report in solved.folds)
     _, wanted = block.run(block.weights, block.kept)

@@ -181,8 +181,8 @@ class _Chooser:
             folding.folded[norm] = awq.norm_fold(kept[norm], self.norm_offset, choice.scale)[0]
         else:
             folding.rows[fold.producer] = choice.scale
-            if bias in kept:
-                folding.folded[bias] = (kept[bias].float() / choice.scale).to(kept[bias].dtype)
+        if bias in kept:
+            folding.folded[bias] = (kept[bias].float() / choice.scale).to(kept[bias].dtype)
         return choice.report
 
     def _holds(self, readers: Sequence[str], scale: Float[Tensor, " in"]) -> bool:
