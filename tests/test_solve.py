@@ -16,8 +16,10 @@ from quantkit.solve.pooling import Pooled, kind
 from quantkit.types import BlockPlan, Codes, Effort, Fold, InputStats, Linear, Scheme, SolvedBlock, Source
 
 W4, W4_ASYM, W8 = Scheme(4, 32, True), Scheme(4, 32, False), Scheme(8, 32, True)
+SIGNED = Scheme(4, 32, True, signed=True)
 LOUD = (3, 40)  # input channels that are far louder than the others, one in each group of 32
 SEARCH = Effort(exponents=9, shrinks=7, expert_floor=0)
+COMPENSATED = replace(SEARCH, compensate=True)
 PLAIN = Effort(folds=False, shrinks=1)
 
 
@@ -673,6 +675,24 @@ def test_a_kept_linear_is_neither_solved_nor_missed():
     solved = solve_block(kept_plan, weights, block.kept, block.stats(), 0.0, SEARCH)
     assert set(solved.linears) == set(weights)
     assert set(solved.folded) == {"post_attention_layernorm.weight"}
+
+
+@pytest.mark.parametrize("effort", [SEARCH, COMPENSATED], ids=["searched", "compensated"])
+@pytest.mark.parametrize("first", ["q", "k"])
+def test_an_unsigned_linear_beside_signed_ones_stays_unsigned(first, effort):
+    """They share an input, so a Gram, and schemes that differ in signs alone compare as the same."""
+    names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj"}
+    order = [names[first], *(name for key, name in names.items() if key != first)]
+    weights = {name: randn(64, HIDDEN, seed=i).bfloat16() for i, name in enumerate(order)}
+    kept = {"input_layernorm.weight": torch.ones(HIDDEN).bfloat16()}
+    schemes = {names["q"]: W4, names["k"]: SIGNED}
+    fold = Fold("input_layernorm", tuple(order))
+    plan = plan_of(dict.fromkeys(order, (64, HIDDEN)), (fold,), kept, schemes)
+    solved = solve_block(plan, weights, kept, dict.fromkeys(order, stats_of(randn(200, HIDDEN, seed=9))), 0.0, effort)
+    for name, scheme in schemes.items():
+        codes = solved.linears[name].codes
+        assert codes.scheme.signed == scheme.signed
+        assert bool((codes.scale < 0).any()) == scheme.signed, name
 
 
 def powers_of_two(ratio: Tensor) -> bool:

@@ -145,6 +145,7 @@ def _groups(
             key = (
                 inputs.source(local) if shares else kind(local),
                 scheme,
+                scheme.signed,  # which no comparison of schemes sees
                 linear.shape[1],
                 id(folding.columns.get(local)) if shares else 0,
                 head,

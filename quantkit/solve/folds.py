@@ -163,7 +163,7 @@ class _Chooser:
         shape = None
         if len(readers) == 1 and kind(readers[0]) and not from_norm and not exact and channels == len(total):
             only = consumers[0]
-            shape = kind(readers[0]), only.weight.shape, only.importance.shape, only.scheme, only.dtype
+            shape = kind(readers[0]), only.weight.shape, only.importance.shape, only.scheme, only.scheme.signed, only.dtype
         return _Asked(fold, readers, routers, from_norm, channels, consumers, total / max(tokens, 1), realize, shape)
 
     def _entered(self, asked: "_Asked", choice: awq.Choice) -> FoldReport:
