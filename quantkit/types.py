@@ -202,7 +202,7 @@ class Codes:
     """
 
     packed: Int32[Tensor, "out words"]
-    scale: Float[Tensor, "out groups"]  # in the dtype that will be stored
+    scale: Float[Tensor, "out groups"]  # in the plan's dtype; in fp16 where the weight lay on a grid that no other gives back
     zero: Int8[Tensor, "out groups"] | None
     scheme: Scheme
     columns: int

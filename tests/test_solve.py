@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jaxtyping
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import repeat_kv
@@ -675,6 +676,34 @@ def test_a_kept_linear_is_neither_solved_nor_missed():
     solved = solve_block(kept_plan, weights, block.kept, block.stats(), 0.0, SEARCH)
     assert set(solved.linears) == set(weights)
     assert set(solved.folded) == {"post_attention_layernorm.weight"}
+
+
+@pytest.mark.parametrize("effort", [SEARCH, COMPENSATED], ids=["searched", "compensated"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", [SIGNED, W4_ASYM], ids=str)
+def test_weights_that_were_trained_on_a_grid_are_copied_though_a_fold_would_pay(scheme, stored, effort):
+    block, schemes = Block(), dict.fromkeys(SHAPES, scheme)
+    for gain in block.kept.values():
+        gain[gain.abs() > 10] *= 1.25  # the loud channels: 50 times the others
+    assert set(block.solve(schemes, effort).folded) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    block.weights = {name: tiny.trained(weight, stored, scheme.signed) for name, weight in block.weights.items()}
+    solved = block.solve(schemes, effort)
+    assert not solved.folded
+    for name, linear in solved.linears.items():
+        assert torch.equal(from_codes(linear.codes).bfloat16(), block.weights[name]), name
+        assert linear.codes.scale.dtype == stored
+        assert not linear.fell_back
+
+
+@pytest.mark.parametrize("on_its_grid", ["self_attn.v_proj", "self_attn.o_proj"])
+def test_no_fold_has_a_trained_weight_at_either_end_and_the_others_are_made(on_its_grid):
+    block, schemes = Block(), dict.fromkeys(SHAPES, SIGNED)
+    block.weights[on_its_grid] = tiny.trained(block.weights[on_its_grid])
+    solved = block.solve(schemes)
+    made = [report.producer for report in solved.folds if report.exponents]
+    spared = {"self_attn.v_proj": FOLDS[2:], "self_attn.o_proj": (FOLDS[0], *FOLDS[2:])}[on_its_grid]
+    assert made == [fold.producer for fold in spared]
+    assert torch.equal(from_codes(solved.linears[on_its_grid].codes).bfloat16(), block.weights[on_its_grid])
 
 
 @pytest.mark.parametrize("effort", [SEARCH, COMPENSATED], ids=["searched", "compensated"])

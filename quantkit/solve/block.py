@@ -15,7 +15,6 @@ from torch import Tensor
 from quantkit.errors import WriteError
 from quantkit.grid import superblock
 from quantkit.grid.decoded import decoded
-from quantkit.grid.found import on_grid
 from quantkit.grid.integer import pack, to_codes
 from quantkit.solve import ranges
 from quantkit.solve.folds import Folding, choose_folds, plainly_rounded
@@ -87,7 +86,7 @@ def solve_linears(
     solved: dict[str, Solved] = {}
     turns = repeat(True) if turns is None else turns
     grams = {local: one.gram for local, one in (outputs or {}).items() if one.gram is not None}
-    for group in _groups(linears, weights, folding, inputs, grams, effort):
+    for group in _groups(linears, folding, inputs, grams, effort):
         parts = [part for part in _parts(group, weights[group[0].local].device) if next(turns)]
         height = sum(task.shape[0] for task in group)
         try:
@@ -122,21 +121,14 @@ class _Task:
 
 
 def _groups(
-    linears: Sequence[Linear],
-    weights: Mapping[str, Tensor],
-    folding: Folding,
-    inputs: Pooled,
-    grams: Mapping[str, Float[Tensor, "_ _ _"]],
-    effort: Effort,
+    linears: Sequence[Linear], folding: Folding, inputs: Pooled, grams: Mapping[str, Float[Tensor, "_ _ _"]], effort: Effort
 ) -> list[list[_Task]]:
     """Linears that are rounded together: rows that share a Gram, or experts' matrices of one shape, each with its own."""
     groups: dict[object, list[_Task]] = {}
     for linear in linears:
         local, scheme = linear.local, linear.scheme
         assert scheme is not None
-        free = local not in folding.columns and local not in folding.rows
-        integer = scheme.grid == "integer"
-        grid = on_grid(weights[local], scheme, weights[local].dtype) if integer and free and effort.shrinks > 1 else None
+        grid = folding.copied.get(local)
         compensates = effort.compensate and grid is None and inputs.has_gram(local)
         shares = not inputs.has_own_gram(local) or kind(local) is None
         head = grams[local].shape[-1] if compensates and local in grams else 0
@@ -337,7 +329,7 @@ def _judged(
 
     best, fell_back = of(codes), False
     cost, seen = worth(best)
-    if cost > 0 and effort.shrinks > 1:
+    if cost > 0 and effort.shrinks > 1 and local not in folding.copied:
         task = _Task(local, scheme, (weight.shape[0], weight.shape[1]))
         for shrinks in (effort.shrinks, 1):
             other_codes = _nearest(task, weight, folding, inputs, shrinks)
