@@ -291,7 +291,7 @@ class Run:
                 its = last // self.ranks.size
                 change = fold_change(self.calibration, block, state, folding.columns, folding.rows, folding.folded, its)
             change = self.ranks.told(change)[last % self.ranks.size]
-        return (folding, change) if change <= PROVEN else (Folding(), change)
+        return (folding, change) if change <= PROVEN else (Folding(copied=folding.copied), change)
 
     def _draw(self, block: nn.Module, routing: Mapping[str, Tensor]) -> tuple[int, set[str]]:
         """How many batches of the reserve the block's experts need, and which of them are in need. `routing` becomes all ranks'."""
@@ -334,7 +334,7 @@ class Run:
         every = {part: {key.partition("/")[2]: tensor for key, tensor in named.items() if key.startswith(f"{part}/")} for part in parts}
         reports = [fold_report(about) for told in self.ranks.told([asdict(report) for report in found.reports]) for about in told]
         order = [fold.producer for fold in plan.folds]
-        return Folding(**every, reports=sorted(reports, key=lambda report: order.index(report.producer)))
+        return Folding(**every, reports=sorted(reports, key=lambda report: order.index(report.producer)), copied=found.copied)
 
     def _gathered(self, plan: BlockPlan, linears: Sequence[Linear], solved: Mapping[str, Solved]) -> dict[str, Solved]:
         """Some linears of a block, each solved by one rank."""

@@ -8,6 +8,7 @@ A block's output is the residual stream, so a relative change of it is one curre
 """
 
 import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -180,10 +181,17 @@ def pick(
         the plan, and set by set of linears what each scheme costs, in bytes and in the block's output.
 
     Raises:
-        RecipeError: the smallest choices exceed the target.
+        RecipeError: the smallest choices exceed the target, or what a scheme costs is no number.
     """
     sets = ties(recipe, plan)
     losses = _losses(recipe, plan, sets, skeleton, batches, notes, clock)
+    for tie, loss in zip(sets, losses, strict=True):
+        for scheme, value in zip(tie.schemes, loss, strict=True):
+            if not math.isfinite(value):
+                raise RecipeError(
+                    f"recipe {recipe.name}: {tie.linears[0][1].name} in {scheme} makes NaN or infinity of its block's output; "
+                    "keep it with an override, or offer other choices"
+                )
     tied = sum(linear.shape[0] * linear.shape[1] for tie in sets for _, linear in tie.linears)
     options = [list(zip(tie.bytes, loss, strict=True)) for tie, loss in zip(sets, losses, strict=True)]
 

@@ -202,7 +202,7 @@ class Codes:
     """
 
     packed: Int32[Tensor, "out words"]
-    scale: Float[Tensor, "out groups"]  # in the dtype that will be stored
+    scale: Float[Tensor, "out groups"]  # in the plan's dtype; in fp16 where the weight lay on a grid that no other gives back
     zero: Int8[Tensor, "out groups"] | None
     scheme: Scheme
     columns: int
@@ -242,6 +242,11 @@ class Effort:
     sweeps: int = 0  # of coordinate descent over groups after that
     retarget: float = 0.0  # share of the inputs' drift from the original model's that the weights make good
     retarget_damping: float = 0.2  # in mean diagonals
+
+    @property
+    def searches(self) -> bool:
+        """Whether codes can be other than those of plain rounding."""
+        return self.compensate or self.shrinks > 1
 
 
 @dataclass(frozen=True, slots=True)

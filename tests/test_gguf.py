@@ -20,6 +20,7 @@ from quantkit.grid.decoded import decoded
 from quantkit.grid.integer import from_codes
 from quantkit.recipe import load_recipe
 from quantkit.store import Store
+from quantkit.types import Codes, Scheme
 from quantkit.write.gguf.tokenizer import PRE_TOKENIZERS, tokenizer_keys
 
 gguf = pytest.importorskip("gguf")
@@ -416,6 +417,28 @@ def test_one_precision_a_tensor_but_not_a_file(tmp_path):
     _, file = write(tmp_path, "llama", "rtn-w4", formats=["gguf"], overrides=overrides)
     found = kinds(file)
     assert [found[f"blk.1.{name}.weight"] for name in ("attn_q", "ffn_up", "attn_output")] == ["Q4_0", "Q8_0", "BF16"]
+
+
+def test_a_trained_grid_of_fp16_scales_is_copied_to_the_bit_and_elsewhere_its_codes_are(tmp_path):
+    """Trained for Q4_0, published in bf16: the file gives the checkpoint back; compressed-tensors and ONNX store bf16 scales."""
+    source = tiny.build("llama", tmp_path / "model", num_hidden_layers=1)
+    state = tiny.train(source, "_proj.weight")
+    recipe = recipe_file(tmp_path, "awq-w4", formats=["gguf", "compressed-tensors"])
+    result = pipeline.quantize(str(source), recipe=recipe, output=tmp_path / "out")
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["gguf"]["scales"] == 0
+    (file,) = result.artefacts["gguf"].glob("*.gguf")
+    made, names = tensors(file), {"mlp.gate_proj": "ffn_gate", "mlp.down_proj": "ffn_down", "self_attn.o_proj": "attn_output"}
+    packed = {n: t for path in result.artefacts["compressed-tensors"].glob("*.safetensors") for n, t in load_file(path).items()}
+    for local, short in names.items():
+        full = f"model.layers.0.{local}"
+        weight = state[f"{full}.weight"]
+        assert weight.dtype == torch.bfloat16
+        assert torch.equal(made[f"blk.0.{short}.weight"].bfloat16(), weight)
+        scale = packed[f"{full}.weight_scale"]
+        assert scale.dtype == torch.bfloat16
+        codes = Codes(packed[f"{full}.weight_packed"], scale, None, Scheme(4, 32, True), weight.shape[1])
+        assert not torch.equal(from_codes(codes).bfloat16(), weight)
+        assert torch.allclose(from_codes(codes), weight.float(), rtol=2**-7, atol=0)
 
 
 def test_what_fp16_cannot_hold_is_told(tmp_path):

@@ -40,6 +40,8 @@ def recipe_file(folder: Path, base: str = "rtn-w4", **changes) -> str:
 def write(tmp_path: Path, name: str, base: str = "rtn-w4", build: dict | None = None, **changes):
     """(source folder, recipe, result)."""
     source = tiny.build(name, tmp_path / "model", **(build or {}))
+    if name == "llama":
+        tiny.train(source, "layers.1.(mlp.up|self_attn.q)_proj")
     recipe = recipe_file(tmp_path, base, **changes)
     return source, recipe, pipeline.quantize(str(source), recipe=recipe, output=tmp_path / "out")
 
@@ -77,11 +79,12 @@ def initialisers(tmp_path: Path, name: str, result, recipe: str) -> dict[str, np
         ("qwen3_moe", {}),
         ("mixtral", {"bits": 8}),
         ("gemma4_moe", {"signed": True, "group": 128}),
+        ("llama", {"signed": True, "group": 32}),  # some of its weights are copied, with fp16 scales
     ],
 )
 def test_integers_are_those_of_compressed_tensors(name, weights, tmp_path, no_graph):
     """Byte for byte; scales and all that is kept too; and `plan` knows the file's size."""
-    _, recipe, result = write(tmp_path, name, "awq-w4" if name == "gemma4_moe" else "rtn-w4", formats=BOTH, weights=weights)
+    _, recipe, result = write(tmp_path, name, "awq-w4" if "signed" in weights else "rtn-w4", formats=BOTH, weights=weights)
     _, sizes = pipeline.plan(str(tmp_path / "model"), recipe)
     assert sizes["onnx"] == result.bytes["onnx"] == (result.artefacts["onnx"] / artefact.DATA).stat().st_size
     ours = initialisers(tmp_path, name, result, recipe)

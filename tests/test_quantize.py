@@ -414,7 +414,12 @@ def test_the_card_warns_of_signed_scales_where_there_are_any(tmp_path):
 
 def test_folds_that_are_not_proven_are_undone(tmp_path, monkeypatch):
     monkeypatch.setattr("quantkit.run.PROVEN", -1.0)
-    source, result = run(tmp_path, "llama")
+    source = tiny.build("llama", tmp_path / "model")
+    tiny.train(source, "layers.1.self_attn.*_proj")  # what is copied is copied all the same
+    result = pipeline.quantize(str(source), recipe=recipe_file(tmp_path, "awq-w4"), output=tmp_path / "out")
+    (block,) = (tmp_path / "out" / "solved").glob("*1.safetensors")
+    halves = {name for name, tensor in load_file(block).items() if tensor.dtype == torch.float16}
+    assert halves == {f"self_attn.{one}_proj/scale" for one in "qkvo"}
     assert all(block["folds"] == [] and block["proof"] is not None for block in result.report["blocks"])
     assert result.report["summary"]["folds_undone"] == 3
     assert "those of 3 blocks were undone" in (result.artefacts["compressed-tensors"] / "README.md").read_text()

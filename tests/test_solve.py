@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import jaxtyping
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from transformers.models.llama.modeling_llama import repeat_kv
@@ -17,8 +18,10 @@ from quantkit.solve.pooling import Pooled, kind
 from quantkit.types import BlockPlan, Codes, Effort, Fold, InputStats, Linear, Scheme, SolvedBlock, Source
 
 W4, W4_ASYM, W8 = Scheme(4, 32, True), Scheme(4, 32, False), Scheme(8, 32, True)
+SIGNED = Scheme(4, 32, True, signed=True)
 LOUD = (3, 40)  # input channels that are far louder than the others, one in each group of 32
 SEARCH = Effort(exponents=9, shrinks=7, expert_floor=0)
+COMPENSATED = replace(SEARCH, compensate=True)
 PLAIN = Effort(folds=False, shrinks=1)
 
 
@@ -490,7 +493,7 @@ def plan_of(
 class Block:
     """Attention without its mixing (each token reads its own values) and an MLP, both with loud channels."""
 
-    def __init__(self, offset: float = 0.0, dtype: torch.dtype = torch.bfloat16, bias: bool = False):
+    def __init__(self, offset: float = 0.0, dtype: torch.dtype = torch.bfloat16, bias: bool = False, norm_bias: bool = False):
         self.offset = offset
         self.weights = {n: (randn(*shape, seed=i) * shape[1] ** -0.5).to(dtype) for i, (n, shape) in enumerate(SHAPES.items())}
         gain = 1 + 0.1 * randn(2, HIDDEN, seed=20)
@@ -500,6 +503,8 @@ class Block:
         self.kept = {name: (g - offset).to(dtype) for name, g in zip(names, gain, strict=True)}
         # channels that are loud for o and down, one in each of their groups
         self.kept["mlp.gate_proj.bias"] = torch.zeros(WIDTH).index_fill(0, torch.tensor([9, 50, 80]), 40.0).to(dtype)
+        if norm_bias:
+            self.kept |= {name.replace("weight", "bias"): randn(HIDDEN, seed=32 + i).to(dtype) for i, name in enumerate(names)}
         if bias:
             self.kept["self_attn.q_proj.bias"] = randn(64, seed=31).to(dtype)
             self.kept["self_attn.v_proj.bias"] = randn(VALUES, seed=30).index_fill(0, torch.tensor([5, 20]), 40.0).to(dtype)
@@ -517,11 +522,16 @@ class Block:
             return outputs[name] + kept.get(f"{name}.bias", torch.zeros(())).float()
 
         x = self.x / self.x.square().mean(-1, keepdim=True).sqrt()
-        normed = x * (self.offset + kept["input_layernorm.weight"].float())
+
+        def norm(name: str) -> Tensor:
+            bias = kept.get(f"{name}.bias", torch.zeros(()))
+            return x * (self.offset + kept[f"{name}.weight"].float()) + bias.float()
+
+        normed = norm("input_layernorm")
         linear("self_attn.q_proj", normed)
         v = linear("self_attn.v_proj", normed).view(len(x), -1, HEAD)
         linear("self_attn.o_proj", v.repeat_interleave(2, 1).reshape(len(x), -1))
-        normed = x * (self.offset + kept["post_attention_layernorm.weight"].float())
+        normed = norm("post_attention_layernorm")
         gated = torch.nn.functional.silu(linear("mlp.gate_proj", normed)) * linear("mlp.up_proj", normed)
         linear("mlp.down_proj", gated)
         return inputs, outputs
@@ -590,10 +600,12 @@ def test_errors_are_those_of_the_running_block(offset):
         assert scale.error_rounded == pytest.approx(relative(plainly[name], wanted[name]), rel=1e-3)
 
 
-@pytest.mark.parametrize("offset, bias", [(0.0, False), (1.0, False), (0.0, True)])
-def test_the_folded_block_computes_what_the_block_computes(offset, bias):
+@pytest.mark.parametrize(
+    "offset, bias, norm_bias", [(0.0, False, False), (1.0, False, False), (0.0, True, False), (0.0, False, True), (1.0, True, True)]
+)
+def test_the_folded_block_computes_what_the_block_computes(offset, bias, norm_bias):
     """At 8 bits rounding is small beside any scale that enters the wrong channel, or leaves and does not enter."""
-    block = Block(offset, bias=bias)
+    block = Block(offset, bias=bias, norm_bias=norm_bias)
     solved = block.solve(dict.fromkeys(SHAPES, W8))
     assert all(report.exponents is not None and report.scale_range[1] > 1.5 * report.scale_range[0] for report in solved.folds)
     _, wanted = block.run(block.weights, block.kept)
@@ -701,6 +713,52 @@ def test_a_kept_linear_is_neither_solved_nor_missed():
     solved = solve_block(kept_plan, weights, block.kept, block.stats(), 0.0, SEARCH)
     assert set(solved.linears) == set(weights)
     assert set(solved.folded) == {"post_attention_layernorm.weight"}
+
+
+@pytest.mark.parametrize("effort", [SEARCH, COMPENSATED], ids=["searched", "compensated"])
+@pytest.mark.parametrize("stored", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("scheme", [SIGNED, W4_ASYM], ids=str)
+def test_weights_that_were_trained_on_a_grid_are_copied_though_a_fold_would_pay(scheme, stored, effort):
+    block, schemes = Block(), dict.fromkeys(SHAPES, scheme)
+    for gain in block.kept.values():
+        gain[gain.abs() > 10] *= 1.25  # the loud channels: 50 times the others
+    assert set(block.solve(schemes, effort).folded) == {"input_layernorm.weight", "post_attention_layernorm.weight"}
+    block.weights = {name: tiny.trained(weight, stored, scheme.signed) for name, weight in block.weights.items()}
+    solved = block.solve(schemes, effort)
+    assert not solved.folded
+    for name, linear in solved.linears.items():
+        assert torch.equal(from_codes(linear.codes).bfloat16(), block.weights[name]), name
+        assert linear.codes.scale.dtype == stored
+        assert not linear.fell_back
+
+
+@pytest.mark.parametrize("on_its_grid", ["self_attn.v_proj", "self_attn.o_proj"])
+def test_no_fold_has_a_trained_weight_at_either_end_and_the_others_are_made(on_its_grid):
+    block, schemes = Block(), dict.fromkeys(SHAPES, SIGNED)
+    block.weights[on_its_grid] = tiny.trained(block.weights[on_its_grid])
+    solved = block.solve(schemes)
+    made = [report.producer for report in solved.folds if report.exponents]
+    spared = {"self_attn.v_proj": FOLDS[2:], "self_attn.o_proj": (FOLDS[0], *FOLDS[2:])}[on_its_grid]
+    assert made == [fold.producer for fold in spared]
+    assert torch.equal(from_codes(solved.linears[on_its_grid].codes).bfloat16(), block.weights[on_its_grid])
+
+
+@pytest.mark.parametrize("effort", [SEARCH, COMPENSATED], ids=["searched", "compensated"])
+@pytest.mark.parametrize("first", ["q", "k"])
+def test_an_unsigned_linear_beside_signed_ones_stays_unsigned(first, effort):
+    """They share an input, so a Gram, and schemes that differ in signs alone compare as the same."""
+    names = {"q": "self_attn.q_proj", "k": "self_attn.k_proj"}
+    order = [names[first], *(name for key, name in names.items() if key != first)]
+    weights = {name: randn(64, HIDDEN, seed=i).bfloat16() for i, name in enumerate(order)}
+    kept = {"input_layernorm.weight": torch.ones(HIDDEN).bfloat16()}
+    schemes = {names["q"]: W4, names["k"]: SIGNED}
+    fold = Fold("input_layernorm", tuple(order))
+    plan = plan_of(dict.fromkeys(order, (64, HIDDEN)), (fold,), kept, schemes)
+    solved = solve_block(plan, weights, kept, dict.fromkeys(order, stats_of(randn(200, HIDDEN, seed=9))), 0.0, effort)
+    for name, scheme in schemes.items():
+        codes = solved.linears[name].codes
+        assert codes.scheme.signed == scheme.signed
+        assert bool((codes.scale < 0).any()) == scheme.signed, name
 
 
 def powers_of_two(ratio: Tensor) -> bool:

@@ -63,6 +63,12 @@ def test_a_budget_below_everything_is_refused():
         allocate([[(10, 1.0), (20, 0.5)], [(20, 1.0)]], 29)
 
 
+@pytest.mark.parametrize("loss", [float("inf"), float("nan")])
+def test_a_loss_that_is_no_number_is_refused(loss):
+    with pytest.raises(ValueError, match="NaN or infinite"):
+        allocate([[(10, loss), (12, 1.0)], [(10, 1.0), (12, 0.5)]], 30)
+
+
 # --- What goes together ----------------------------------------------------------------------------------------------------------
 
 
@@ -281,6 +287,13 @@ def test_what_cannot_be_kept_is_told_with_the_least(tmp_path):
         quantized(tmp_path, source, target_bits=3.0)
     with pytest.raises(RecipeError, match=r"target_size 1,000: the smallest choices take [\d,]+ bytes"):
         quantized(tmp_path, source, "other", target_size=1000)
+
+
+def test_a_scheme_that_costs_no_number_is_told_with_its_linear(tmp_path, monkeypatch):
+    source = tiny.build("llama", tmp_path / "model", num_hidden_layers=1)
+    monkeypatch.setattr(target, "_change", lambda *_: float("nan"))
+    with pytest.raises(RecipeError, match=r"layers\.0\.\S+ in w4 \S+ \S+ .*makes NaN or infinity"):
+        quantized(tmp_path, source, target_bits=5.0)
 
 
 @pytest.mark.parametrize(

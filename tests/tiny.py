@@ -17,6 +17,7 @@ Attention logits of Gemma 4 are not divided by anything, so a random net is chao
 
 import functools
 import json
+import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,7 @@ from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from torch import Tensor, nn
 
@@ -112,6 +114,22 @@ def build(
     for file, content in family.processor.items():
         _write_json(folder / file, content)
     return folder
+
+
+def trained(weight: Tensor, stored: torch.dtype = torch.float16, signed: bool = True) -> Tensor:
+    """A weight as quantization-aware training in 4 bits and groups of 32 leaves it: the far end of every group at code -8."""
+    grouped = weight.float().unflatten(1, (-1, 32))
+    far = grouped.gather(-1, grouped.abs().argmax(-1, keepdim=True))
+    scale = (far / -7.98 if signed else far.abs() / 7.98).to(stored).float()  # an 8th of bf16 would be bf16
+    return ((grouped / scale).round().clamp(-8, 7) * scale).flatten(1).to(weight.dtype)
+
+
+def train(folder: Path, pattern: str) -> dict[str, Tensor]:
+    """Leave the weights of a checkpoint that match a pattern as training does; what the file then holds."""
+    state = load_file(folder / "model.safetensors")
+    state |= {name: trained(weight) for name, weight in state.items() if re.search(pattern, name)}
+    save_file(state, folder / "model.safetensors", {"format": "pt"})
+    return state
 
 
 def save_tokenizer(folder: Path, *, bos: bool = True, tokens: dict[str, str] | None = None) -> None:

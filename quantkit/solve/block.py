@@ -16,7 +16,6 @@ from torch import Tensor
 from quantkit.errors import WriteError
 from quantkit.grid import superblock
 from quantkit.grid.decoded import decoded
-from quantkit.grid.found import on_grid
 from quantkit.grid.integer import pack, to_codes
 from quantkit.solve import ranges
 from quantkit.solve.folds import Folding, choose_folds, plainly_rounded
@@ -88,7 +87,7 @@ def solve_linears(
     solved: dict[str, Solved] = {}
     turns = repeat(True) if turns is None else turns
     grams = {local: one.gram for local, one in (outputs or {}).items() if one.gram is not None}
-    for group in _groups(linears, weights, folding, inputs, grams, effort):
+    for group in _groups(linears, folding, inputs, grams, effort):
         parts = [part for part in _parts(group, weights[group[0].local].device) if next(turns)]
         height = sum(task.shape[0] for task in group)
         try:
@@ -123,21 +122,14 @@ class _Task:
 
 
 def _groups(
-    linears: Sequence[Linear],
-    weights: Mapping[str, Tensor],
-    folding: Folding,
-    inputs: Pooled,
-    grams: Mapping[str, Float[Tensor, "_ _ _"]],
-    effort: Effort,
+    linears: Sequence[Linear], folding: Folding, inputs: Pooled, grams: Mapping[str, Float[Tensor, "_ _ _"]], effort: Effort
 ) -> list[list[_Task]]:
     """Linears that are rounded together: rows that share a Gram, or experts' matrices of one shape, each with its own."""
     groups: dict[object, list[_Task]] = {}
     for linear in linears:
         local, scheme = linear.local, linear.scheme
         assert scheme is not None
-        free = local not in folding.columns and local not in folding.rows
-        integer = scheme.grid == "integer"
-        grid = on_grid(weights[local], scheme, weights[local].dtype) if integer and free and effort.shrinks > 1 else None
+        grid = folding.copied.get(local)
         compensates = effort.compensate and grid is None and inputs.has_gram(local)
         shares = not inputs.has_own_gram(local) or kind(local) is None
         head = grams[local].shape[-1] if compensates and local in grams else 0
@@ -146,6 +138,7 @@ def _groups(
             key = (
                 inputs.source(local) if shares else kind(local),
                 scheme,
+                scheme.signed,  # which no comparison of schemes sees
                 linear.shape[1],
                 id(folding.columns.get(local)) if shares else 0,
                 head,
@@ -338,7 +331,7 @@ def _judged(
 
     best, fell_back = of(codes), False
     cost, seen = worth(best)
-    if cost > 0 and (effort.compensate or effort.shrinks > 1):
+    if cost > 0 and effort.searches and local not in folding.copied:
         task = _Task(local, scheme, (weight.shape[0], weight.shape[1]))
         for shrinks in dict.fromkeys((effort.shrinks, 1)):
             other_codes = _nearest(task, weight, folding, inputs, shrinks)

@@ -4,6 +4,7 @@ A multiple-choice knapsack (Kellerer, Pferschy, Pisinger 2004, chapter 11) by dy
 choice, in steps so fine that rounding them up loses next to nothing.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -19,8 +20,10 @@ def allocate(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> lis
         budget: bytes that all sets may take together.
 
     Raises:
-        ValueError: even the smallest options do not fit.
+        ValueError: even the smallest options do not fit, or a loss is no number.
     """
+    if not all(math.isfinite(loss) for of in options for _, loss in of):
+        raise ValueError("a loss that is NaN or infinite cannot be weighed")
     smallest = [min(size for size, _ in of) for of in options]
     free = budget - sum(smallest)
     if free < 0:
@@ -28,7 +31,7 @@ def allocate(options: Sequence[Sequence[tuple[int, float]]], budget: int) -> lis
     unit = max(1, -(-free // STEPS))
     room = free // unit + 1
     best = np.zeros(room)  # least loss of the sets so far within so many steps
-    taken = np.empty((len(options), room), np.int16)
+    taken = np.zeros((len(options), room), np.int16)
     for number, (of, least) in enumerate(zip(options, smallest, strict=True)):
         after = np.full(room, np.inf)
         for choice, (size, loss) in enumerate(of):

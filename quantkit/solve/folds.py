@@ -8,10 +8,11 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from quantkit.grid import superblock
+from quantkit.grid.found import on_grid
 from quantkit.grid.integer import from_codes, to_codes
 from quantkit.solve import awq, ranges
 from quantkit.solve.pooling import Pooled, kind
-from quantkit.types import BlockPlan, Effort, Fold, FoldReport, Linear, Scheme
+from quantkit.types import BlockPlan, Codes, Effort, Fold, FoldReport, Linear, Scheme
 
 Rows = slice | Int[Tensor, " rows"]
 EVERY = slice(None)
@@ -21,12 +22,13 @@ SHARED_EXPERT_ROWS = 32  # where all experts share it
 
 @dataclass(slots=True)
 class Folding:
-    """What the folds of a block do to its weights (W' = W * columns / rows) and to its kept tensors."""
+    """What the folds of a block do to its weights (W' = W * columns / rows) and to its kept tensors; weights that they leave alone."""
 
     columns: dict[str, Float[Tensor, " in"]] = field(default_factory=dict)
     rows: dict[str, Float[Tensor, " out"]] = field(default_factory=dict)
     folded: dict[str, Tensor] = field(default_factory=dict)
     reports: list[FoldReport] = field(default_factory=list)
+    copied: dict[str, Codes] = field(default_factory=dict)  # linears that lie on their grid already: nothing is left to solve
 
     def apply(self, local: str, weight: Float[Tensor, "rows in"], rows: Rows = EVERY) -> Float[Tensor, "rows in"]:
         """Some rows of a linear's weight (fp32) under the folds."""
@@ -54,7 +56,8 @@ def choose_folds(
     norm_offset: float,
     effort: Effort,
 ) -> Folding:
-    """Every legal fold's scale, chosen one after the other; none where the effort asks for none.
+    """Every legal fold's scale, chosen one after the other; none where the effort asks for none, or where it would take a weight off
+    the grid that it lies on already.
 
     Args:
         inputs: what each linear is fed; diagonals suffice.
@@ -62,6 +65,10 @@ def choose_folds(
         norm_offset: a norm multiplies by (offset + weight).
     """
     folding = Folding()
+    if effort.searches:
+        schemes = {linear.local: linear.scheme for linear in plan.linears if linear.scheme and linear.scheme.grid == "integer"}
+        found = {local: on_grid(weights[local], scheme) for local, scheme in schemes.items()}
+        folding.copied = {local: codes for local, codes in found.items() if codes is not None}
     if effort.folds:
         chooser = _Chooser(plan, weights, kept, inputs, sensitivity, norm_offset, effort, folding)
         folding.reports += chooser.chosen(plan.folds)
@@ -125,9 +132,9 @@ class _Chooser:
         return [reports[one.fold.producer] for one in asked]
 
     def _asked(self, fold: Fold) -> "_Asked | None":
-        """What one fold's search starts from; None where nothing that is quantized reads it."""
+        """What one fold's search starts from; None where nothing that is quantized reads it, or one of its weights is copied."""
         readers = [local for local in fold.consumers if local in self.linears and local in self.inputs]
-        if not readers:
+        if not readers or not self.folding.copied.keys().isdisjoint((fold.producer, *readers)):
             return None
         kept = self.kept
         routers = [name for local in fold.consumers if local not in self.linears and (name := f"{local}.weight") in kept]
@@ -163,7 +170,7 @@ class _Chooser:
         shape = None
         if len(readers) == 1 and kind(readers[0]) and not from_norm and not exact and channels == len(total):
             only = consumers[0]
-            shape = kind(readers[0]), only.weight.shape, only.importance.shape, only.scheme, only.dtype
+            shape = kind(readers[0]), only.weight.shape, only.importance.shape, only.scheme, only.scheme.signed, only.dtype
         return _Asked(fold, readers, routers, from_norm, channels, consumers, total / max(tokens, 1), realize, shape)
 
     def _entered(self, asked: "_Asked", choice: awq.Choice) -> FoldReport:
@@ -181,8 +188,8 @@ class _Chooser:
             folding.folded[norm] = awq.norm_fold(kept[norm], self.norm_offset, choice.scale)[0]
         else:
             folding.rows[fold.producer] = choice.scale
-            if bias in kept:
-                folding.folded[bias] = (kept[bias].float() / choice.scale).to(kept[bias].dtype)
+        if bias in kept:
+            folding.folded[bias] = (kept[bias].float() / choice.scale).to(kept[bias].dtype)
         return choice.report
 
     def _holds(self, readers: Sequence[str], scale: Float[Tensor, " in"]) -> bool:

@@ -194,7 +194,8 @@ class CompressedTensors:
         words, packed_rows = _words(columns, scheme), _words(out, scheme)
         read = self._stored
         yield Piece(f"{linear.name}.weight_packed", torch.int32, (out, words), read(block.index, linear.local, "packed"))
-        yield Piece(f"{linear.name}.weight_scale", self.plan.dtype, (out, groups), read(block.index, linear.local, "scale"))
+        scale = _then(read(block.index, linear.local, "scale"), lambda s: s.to(self.plan.dtype))
+        yield Piece(f"{linear.name}.weight_scale", self.plan.dtype, (out, groups), scale)
         yield Piece(f"{linear.name}.weight_shape", torch.int64, (2,), lambda: torch.tensor([out, columns]))
         if not scheme.symmetric:
             zero = read(block.index, linear.local, "zero")
@@ -214,7 +215,8 @@ class CompressedTensors:
             return lambda: torch.cat([read() for read in reads]).view(experts, out, -1)
 
         yield Piece(f"{tensor}_packed", torch.int32, (experts, out, _words(columns, scheme)), stacked("packed"))
-        yield Piece(f"{tensor}_scale", self.plan.dtype, (experts, out, groups), stacked("scale"))
+        scale = _then(stacked("scale"), lambda s: s.to(self.plan.dtype))
+        yield Piece(f"{tensor}_scale", self.plan.dtype, (experts, out, groups), scale)
         if not scheme.symmetric:
             packed = _then(stacked("zero"), lambda z: torch.stack([pack_rows(zero, scheme.bits) for zero in z]))
             yield Piece(f"{tensor}_zero_point", torch.int32, (experts, _words(out, scheme), groups), packed)

@@ -164,7 +164,7 @@ class Layout:
         groups, repeats = columns // width, scheme.width(columns) // width
         packed = (out, groups, width * bits // 8)
         self._add(f"{name}.qweight", torch.uint8, packed, lambda: codes("packed").contiguous().view(torch.uint8).view(packed))
-        self._add(f"{name}.scales", dtype, (out, groups), lambda: codes("scale").repeat_interleave(repeats, 1))
+        self._add(f"{name}.scales", dtype, (out, groups), lambda: codes("scale").to(dtype).repeat_interleave(repeats, 1))
         names = [f"{name}.qweight", f"{name}.scales"]
         if not scheme.symmetric:
             zeros = (out, -(-groups * bits // 8))
