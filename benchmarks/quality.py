@@ -71,7 +71,7 @@ def main() -> None:
             symmetric = scheme == "sym"
             print(f"\n{arguments.model.name}, {bits} bits, {scheme}, group 32")
             print(
-                f"{'contender':28} {'KL':>8} {'95 % interval':>17} {'of first':>8} {'same top':>8} {'worst language':>22} {'chance':>6} "
+                f"{'contender':32} {'KL':>8} {'95 % interval':>17} {'of first':>8} {'same top':>8} {'worst language':>22} {'chance':>6} "
                 f"{'worse':>5} {'CPU s':>7} {'peak GiB':>8}"
             )
             first: dict[str, Any] | None = None
@@ -83,7 +83,7 @@ def main() -> None:
                 of_first, worst = figures["kl"] / first["kl"], f"{language} {most:.3f} ({least:.3f}-{largest:.3f})"
                 worse = result.get("summary", {}).get("worse_than_rounded", "")
                 print(
-                    f"{name:28} {figures['kl']:8.5f} {f'{low:.5f}-{high:.5f}':>17} {of_first:8.3f} {figures['same_top']:8.4f} "
+                    f"{name:32} {figures['kl']:8.5f} {f'{low:.5f}-{high:.5f}':>17} {of_first:8.3f} {figures['same_top']:8.4f} "
                     f"{worst:>22} {chance:6.3f} {worse:>5} {result['cpu_seconds']:7.1f} {result['peak_rss_bytes'] / 2**30:8.2f}",
                     flush=True,
                 )
