@@ -424,6 +424,21 @@ def test_folds_that_are_not_proven_are_undone(tmp_path, monkeypatch):
     assert all(torch.equal(written[name], original[name]) for name in norms)
 
 
+@pytest.fixture(scope="module")
+def searched(tmp_path_factory):
+    """A function from changes of the search to the run that they make, once for all tests."""
+    done: dict[str, pipeline.Result] = {}
+
+    def result(changes: dict) -> pipeline.Result:
+        key = json.dumps(changes, sort_keys=True)
+        if key not in done:
+            search = {**SMALL["search"], "sweeps": 1, **changes}
+            _, done[key] = run(tmp_path_factory.mktemp("searched"), "gemma4_moe", search=search)
+        return done[key]
+
+    return result
+
+
 @pytest.mark.parametrize(
     "off, beside",
     [
@@ -435,13 +450,9 @@ def test_folds_that_are_not_proven_are_undone(tmp_path, monkeypatch):
     ],
     ids=["stages", "compensate without stages", "compensate", "retarget", "folds"],
 )
-def test_every_step_can_be_switched_off_and_the_solution_is_another(off, beside, tmp_path):
+def test_every_step_can_be_switched_off_and_the_solution_is_another(off, beside, searched):
     """What a step is worth is for trained models to say (docs/solver.md)."""
-    for name in ("with", "without"):
-        (tmp_path / name).mkdir()
-    search = {**SMALL["search"], "sweeps": 1}
-    _, full = run(tmp_path / "with", "gemma4_moe", search=search | beside)
-    _, less = run(tmp_path / "without", "gemma4_moe", search=search | off)
+    full, less = searched(beside), searched(off)
     assert full.report["summary"]["worse_than_rounded"] == less.report["summary"]["worse_than_rounded"] == 0
     before, after = read(full.artefacts["compressed-tensors"]), read(less.artefacts["compressed-tensors"])
     assert before.keys() == after.keys()
