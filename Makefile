@@ -6,7 +6,8 @@ LLAMA := .venv-llama
 RIVALS := .venv-rivals/ready .venv-autoround/ready
 .PHONY: demo test format engines llama memory scale reference rivals onnx torture
 
-# PyTorch by itself first: a dependency that asks for any torch would otherwise bring the largest one
+# PyTorch by itself first, in the version that was tested. Its build (CPU, or CUDA with some gigabytes more) is what pip's index offers;
+# PIP_EXTRA_INDEX_URL can name an index of CPU builds beside it, whose 2.13.0+cpu pip prefers to 2.13.0
 $(VENV)/ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt torch

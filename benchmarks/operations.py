@@ -30,7 +30,7 @@ class Block:
     solve: float  # compensation and retargeting, fp32, whatever the tokens
     factor: float  # Choleskys and their solutions, fp64
     search: float  # bytes that the range search of all weights moves, where nothing of it stays in a cache
-    gram_bytes: int  # of the largest stage's sums, held-back rows' sums included
+    gram_bytes: int  # of the largest stage's sums, held-back tokens' sums included
     handed: float  # bytes of a token's inputs on their way to the rank that sums them: both streams in bf16, what is lacking in fp32
     all_gram_bytes: int  # of all stages' sums: every rank gets all of them
     kept_width: int  # columns of what stages keep of a token beside its hidden states (both streams)
@@ -78,7 +78,7 @@ def _block(plan: BlockPlan, kind: str, entries: Mapping[str, Entry], share: floa
             count = len([x for x in leaf("down_proj") if expert(x)]) if own else times
             grams += tokens * 2 * (width * width * (1 + strips) + lacking * width)
             handed += tokens * (2 * 2 * width + 4 * lacking)
-            held[number] += 2 * 4 * count * (2 * width * width + lacking * width)  # twice: some rows are held back
+            held[number] += 2 * 4 * count * (2 * width * width + lacking * width)  # twice: some tokens are held back
             solve += 3.0 * rows * width * width * count
             solved_for = rows if rows < width else width + lacking  # right-hand sides: the rows themselves, or a shift for all of them
             factor += count * (2 / 3 * width**3 + 2.0 * solved_for * width * width)

@@ -13,7 +13,7 @@ from quantkit.calibrate.draw import report as calibration_report
 from quantkit.calibrate.render import load_tokenizer
 from quantkit.calibrate.samples import choose
 from quantkit.calibrate.sources import read_samples
-from quantkit.errors import CalibrationError
+from quantkit.errors import CalibrationError, RecipeError
 from quantkit.model.adapter import Adapted
 from quantkit.model.checkpoint import Checkpoint, TensorSource, file_digest
 from quantkit.model.hub import find_folder
@@ -69,15 +69,27 @@ def load_recipe(
     formats: Sequence[str] = (),
     target_size: int | None = None,
     target_bits: float | None = None,
+    solved: bool = True,
 ) -> Recipe:
-    """A recipe, with another calibration mix, other formats or a target where they are asked for."""
+    """A recipe, with another calibration mix, other formats or a target where they are asked for.
+
+    Raises:
+        RecipeError: they do not go together, or the recipe asks for a reserve that nothing would draw. `solved`: False where the
+            recipe's `calibration` alone counts, whose reserve statistics of their own always draw.
+    """
     recipe = recipes.load_recipe(name)
     changed: Json = {"formats": list(dict.fromkeys(formats))} if formats else {}
     if target_size is not None or target_bits is not None:
         changed |= {"target_size": target_size, "target_bits": target_bits}
     if calibration is not None:
         changed["calibration"] = recipe.calibration.model_copy(update={"mix": calibration})
-    return recipes.changed(recipe, changed)
+    recipe = recipes.changed(recipe, changed)
+    if solved and recipe.method == "awq" and recipe.calibration.expert_tokens and not recipe.search.stages:
+        raise RecipeError(
+            f"recipe {recipe.name}: calibration.expert_tokens {recipe.calibration.expert_tokens} needs search.stages, without which "
+            "`quantize` draws nothing from the reserve; leave one of them out"
+        )
+    return recipe
 
 
 def name_of(model: str | None) -> str:

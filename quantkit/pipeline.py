@@ -153,7 +153,7 @@ def calibrate(
     """
     if started() > 1:
         raise RankError("several ranks work at `quantize` alone; start `calibrate` as one process, without torchrun")
-    chosen = load_recipe(recipe, calibration)
+    chosen = load_recipe(recipe, calibration, solved=False)
     checkpoint = open_checkpoint(model, adapter)
     settings, clock = chosen.calibration, Clock(tell)
     for path in (output, imatrix):

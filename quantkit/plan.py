@@ -45,10 +45,12 @@ def make_plan(
 
     Raises:
         FamilyError: an architecture or a tensor that no table knows.
-        RecipeError: a group that divides no width, linears served as one matrix with different schemes, nothing to quantize.
+        RecipeError: a grid that a format does not hold, a group that divides no width, linears served as one matrix with different
+            schemes, nothing to quantize.
     """
     if config.get("quantization_config"):
         raise RecipeError("config.json: the checkpoint is quantized already (quantization_config); start from the original weights")
+    _check_grids(recipe)
     family, model_type = families.find(config) if family is None else (family, families.named_by(family, config))
     from_disk = {disk: local for local, disk in family.on_disk.items()}
     blocks: dict[int, tuple[str, dict[str, str]]] = {}  # index -> prefix, {local tensor name: name in the checkpoint}
@@ -119,6 +121,15 @@ def _precision(entries: Mapping[str, Entry]) -> Any:
     if not sizes:
         raise FamilyError(f"the checkpoint holds no {', '.join(WEIGHTS)} tensor; quantkit starts from the original weights")
     return max(sizes, key=lambda dtype: sizes[dtype])
+
+
+def _check_grids(recipe: Recipe) -> None:
+    """K-quants and IQ4_NL are GGUF's alone."""
+    said = [recipe.weights, *recipe.choices, *(override.weights for override in recipe.overrides)]
+    grid = next((weights.grid for weights in said if weights and weights.grid != "integer"), None)
+    other = next((name for name in recipe.formats if name != "gguf"), None)
+    if grid and other:
+        raise RecipeError(f"recipe {recipe.name}: {other} does not hold {grid}, that grid is GGUF's; use --format gguf alone, or bits")
 
 
 def _check_outside(family: Family, name: str) -> None:

@@ -6,6 +6,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
+import cards
 import published
 import pytest
 from click.testing import CliRunner, Result
@@ -17,8 +18,6 @@ from quantkit.errors import PublishError
 from quantkit.publish.artefact import open_artefact
 from quantkit.publish.card import plain, stated, write_card
 from quantkit.release import verify
-
-SEEDS = Path(__file__).parents[2] / "shared" / "seeds"
 
 
 def card(*arguments: object) -> Result:
@@ -209,19 +208,29 @@ def test_an_adapter_s_card_is_taken_in_too(folder):
     assert "A LoRA adapter was merged" in text
 
 
-@pytest.mark.parametrize(
-    "seed", ["card-gemma-4-26b-a4b-awq.md", "card-gemma-3n-e4b.md", "card-gemma-4-31b-zh.txt", "card-gemma-3-4b-it-page.txt"]
-)
-def test_real_base_cards(seed, folder):
-    if not (SEEDS / seed).is_file():
-        pytest.skip("../shared is not here: real base cards lie there")
-    result = card(folder, "--base-card", SEEDS / seed, "--base-model", "google/gemma-4-26B-A4B-it")
+@pytest.mark.parametrize("kind", cards.MET)
+def test_base_cards_as_they_are_met(kind, folder, tmp_path):
+    base = cards.MET[kind]
+    (tmp_path / "base.md").write_text(base)
+    result = card(folder, "--base-card", tmp_path / "base.md", "--base-model", "river/heron-9b-it")
     assert result.exit_code == 0, result.stderr
-    text, base = written(folder), (SEEDS / seed).read_text()
-    assert meta_of(text)["base_model_relation"] == "quantized"
-    last = [line for line in base.splitlines() if line.strip()][-1]
-    assert last.strip()[:40] in text, "down to its last line"
-    assert ("front matter is not YAML" in result.stderr) == (seed == "card-gemma-3n-e4b.md"), "its capture lost an indent"
+    assert ("front matter is not YAML" in result.stderr) == (base is cards.UNINDENTED)
+    text = written(folder)
+    meta = meta_of(text)
+    assert (meta["base_model"], meta["base_model_relation"]) == ("river/heron-9b-it", "quantized"), "ours, whatever the base card says"
+    assert meta.get("license") == ("apache-2.0" if base is cards.QUANTIZED else None), "what cannot be read is not guessed"
+    body = RepoCard(text, ignore_metadata_errors=False).text
+    words = [line.strip() for line in base.splitlines() if line.strip()]
+    assert words[-1] in body, "down to its last line"
+    tags = _Tags(body).found
+    assert "script" not in {tag for tag, _ in tags}
+    assert all((attrs.get(key) or "https:").startswith(("https:", "mailto:", "#")) for _, attrs in tags for key in ("href", "src"))
+    if base is cards.QUANTIZED:
+        assert ("img", "https://river.example/heron/banner.png") in [(tag, attrs.get("src")) for tag, attrs in tags]
+        assert 'prompt = "{{ bird }} <bos> {% if wet %}" + "<script>"' in body, "code stays as it is"
+    for token in ("<channel|>", "<image_soft_token>"):
+        if token in base:
+            assert token in MarkdownIt("commonmark", {"html": True}).render(body).replace("&lt;", "<").replace("&gt;", ">")
 
 
 # --- Nothing acts -----------------------------------------------------------------------------------------------------------------

@@ -636,10 +636,22 @@ def test_k_quants_of_a_solved_model_beat_plain_ones(tmp_path):
 
 
 def test_k_quants_are_ggufs_alone(tmp_path):
-    with pytest.raises(WriteError, match="that grid is GGUF's"):
+    with pytest.raises(RecipeError, match="compressed-tensors does not hold q4_k, that grid is GGUF's"):
         write(tmp_path, "llama", "rtn-w4", build=WIDE, formats=["gguf", "compressed-tensors"], weights={"grid": "q4_k"})
     with pytest.raises(RecipeError, match="has its own bits"):
         write(tmp_path, "llama", "rtn-w4", weights={"grid": "q4_k", "bits": 8})
+
+
+@pytest.mark.parametrize("format", ["compressed-tensors", "onnx"])
+@pytest.mark.parametrize("recipe, grid", [("gguf-q4_k_m", "q4_k_m"), ("override.yaml", "iq4_nl")])
+def test_a_grid_of_gguf_in_another_format_is_refused_for_that(format, recipe, grid, tmp_path):
+    """Not for what follows from it: a mix gives q, k and v different types, which other formats could not share."""
+    source = tiny.build("llama", tmp_path / "model", **WIDE)
+    (tmp_path / "override.yaml").write_text("description: x\noverrides: [{match: mlp.down_proj, weights: {grid: iq4_nl}}]\n")
+    name = str(tmp_path / recipe) if recipe.endswith(".yaml") else recipe
+    with pytest.raises(RecipeError, match=f"{format} does not hold {grid}, that grid is GGUF's; use --format gguf alone"):
+        pipeline.plan(str(source), name, formats=[format])
+    assert pipeline.plan(str(source), name, formats=["gguf"])[1]["gguf"] > 0
 
 
 def test_the_command_takes_formats(tmp_path):

@@ -1,5 +1,7 @@
 """The integer grid is compressed-tensors' own, to the bit, and no code could be nearer to its weight."""
 
+from importlib.metadata import version
+
 import jaxtyping
 import pytest
 import torch
@@ -7,6 +9,7 @@ from compressed_tensors.compressors import PackedQuantizationCompressor
 from compressed_tensors.compressors.pack_quantized.helpers import pack_to_int32, unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from compressed_tensors.quantization.utils.helpers import calculate_qparams
+from packaging.version import Version
 from torch import Tensor
 
 from quantkit.grid.integer import decode, encode, extremes_to_params, from_codes, limits, pack, storable, to_codes, unpack
@@ -14,6 +17,8 @@ from quantkit.types import Codes, InputStats, Scheme
 from quantkit.write.compressed_tensors import pack_rows
 
 BITS = range(2, 9)
+# before 0.19 compressed-tensors let no code of these widths straddle two words; no writer of ours uses them there (4 and 8 alone)
+PACKED = [bits for bits in BITS if 32 % bits == 0 or Version(version("compressed-tensors")) >= Version("0.19")]
 WIDTHS = (1, 7, 31, 32, 33, 64, 96, 101)  # columns of a matrix: whole words, odd ones, less than a word
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 SCHEMES = [Scheme(bits, group, symmetric) for bits in (4, 8) for group in (32, 64, 128, 0) for symmetric in (True, False)]
@@ -59,7 +64,7 @@ def theirs(scheme: Scheme, dtype: torch.dtype | None = None) -> QuantizationArgs
 # -- packing -----------------------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", PACKED)
 @pytest.mark.parametrize("columns", WIDTHS)
 def test_packed_words_are_compressed_tensors(bits, columns):
     codes = random_codes(5, columns, bits)
@@ -71,7 +76,7 @@ def test_packed_words_are_compressed_tensors(bits, columns):
     assert torch.equal(unpack_from_int32(packed, bits, codes.shape), codes)
 
 
-@pytest.mark.parametrize("bits", BITS)
+@pytest.mark.parametrize("bits", PACKED)
 @pytest.mark.parametrize("rows", WIDTHS)
 def test_zero_points_are_packed_along_the_rows(bits, rows):
     zero = random_codes(rows, 3, bits)

@@ -1,4 +1,4 @@
-"""Two streams in step, rows that are held back, what rows matter: sums against the tokens themselves, on every family."""
+"""Two streams in step, tokens that are held back, what rows matter: sums against the tokens themselves, on every family."""
 
 import pytest
 import tiny

@@ -1,12 +1,28 @@
 """The YAML that people write: what is shipped says what it should, and every slip of the pen is one sentence that names it."""
 
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 
 from quantkit.errors import CalibrationError, RecipeError
-from quantkit.recipe import Recipe, heldout_files, load_mix, load_recipe, shipped_recipes
+from quantkit.recipe import (
+    Calibration,
+    Gguf,
+    Mix,
+    MixSource,
+    Onnx,
+    Override,
+    Recipe,
+    Score,
+    Weights,
+    heldout_files,
+    load_mix,
+    load_recipe,
+    shipped_recipes,
+)
+from quantkit.suites import DivergenceGate, Gate, Harness, Items, ItemsGate, Suite
 
 ROOT = Path(__file__).parents[1]
 LANGUAGES = ["ar", "en", "es", "fr", "hi", "ja", "ko", "nl", "ru", "zh"]
@@ -32,6 +48,28 @@ def refused(path: str, *words: str) -> str:
         assert word in line
     assert len(line) < 500
     return line
+
+
+# --- What documents say -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "document, models",
+    [
+        ("README.md", [Recipe, Weights, Override, Score, Gguf, Onnx]),
+        ("docs/calibration.md", [Calibration, Mix, MixSource]),
+        ("docs/eval.md", [Suite, Items, Harness, Gate, DivergenceGate, ItemsGate]),
+    ],
+)
+def test_documents_name_every_key(document, models):
+    """As code, or in an example of YAML."""
+    text = (ROOT / document).read_text()
+    code = " ".join(
+        re.findall(r"```\w*\n.*?```", text, re.DOTALL) + re.findall(r"`[^`\n]+`", re.sub(r"```.*?```", "", text, flags=re.DOTALL))
+    )
+    for model in models:
+        missing = [key for key in model.model_fields if not re.search(rf"\b{key}\b", code)]
+        assert not missing, f"{document} does not name {', '.join(missing)} of {model.__name__}"
 
 
 # --- What is shipped --------------------------------------------------------------------------------------------------------------

@@ -8,6 +8,7 @@ import tiny
 import yaml
 
 from quantkit import pipeline
+from quantkit.errors import RecipeError
 from quantkit.recipe import load_recipe
 
 SMALL = {"search": {"exponents": 2, "rows": 16, "shrinks": 2, "hold_out": False}, "score": {"samples": 2, "sequence_length": 64}}
@@ -42,6 +43,19 @@ def test_hungry_experts_get_more_and_others_do_not(model):
                 assert after["experts"][expert] == natural + coverage["reserve_tokens"][expert]
                 floor_was_met |= after["experts"][expert] >= 200
     assert floor_was_met
+
+
+def test_a_reserve_that_nothing_would_draw_is_refused(tmp_path):
+    source = str(tiny.build("qwen3_moe", tmp_path / "model", num_hidden_layers=1))
+    (tmp_path / "r.yaml").write_text(
+        "description: x\nsearch: {stages: false}\ncalibration: {tokens: 1200, sequence_length: 64, expert_tokens: 200, reserve: 1.0}\n"
+    )
+    for job in (pipeline.plan, pipeline.quantize):
+        with pytest.raises(RecipeError, match=r"r: calibration\.expert_tokens 200 needs search\.stages"):
+            job(source, recipe=str(tmp_path / "r.yaml"))
+    about = pipeline.calibrate(source, recipe=str(tmp_path / "r.yaml"), output=tmp_path / "s.safetensors")
+    assert about["calibration"]["reserve_tokens"] > 0, "statistics of their own draw from it whatever the solver does"
+    assert max(about["coverage"][0]["reserve_tokens"]) > 0
 
 
 def test_memory_changes_no_byte(model, monkeypatch):

@@ -7,8 +7,8 @@ own token ids of a text in many scripts against the tokenizer's. The tokenizers 
 Qwen 2 and Mistral's tekken, and Gemma's kind in both forms that llama.cpp has for it. Then recipes of each type: there llama.cpp also
 rounds activations to 8 bits, so the yardstick is the KL that the weights' own rounding costs.
 
-llama.cpp reads GELU from a table in fp16, so nets with GELU cannot come nearer than about 1e-7. Trained models from ../shared/models
-are added where they are. Exit code 1 if any row is not as expected.
+llama.cpp reads GELU from a table in fp16, so nets with GELU cannot come nearer than about 1e-7. Trained models (docs/measured.md says
+which) are added from the folder that --models names. Exit code 1 if any row is not as expected.
 
 Two differences are llama.cpp's own and taken out of the comparison: Gemma 3n's sparsity divides by n - 1 where transformers divides by n
 (a part in 2 n; transformers is given n - 1 here), and its tekken splits words at combining marks (the text goes without Hindi there).
@@ -107,7 +107,7 @@ class Row:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--engine-python", type=Path, default=ROOT / ".venv-llama/bin/python", help="the Python that has llama-cpp-python")
-    parser.add_argument("--models", type=Path, default=ROOT.parent / "shared" / "models", help="a folder of trained models")
+    parser.add_argument("--models", type=Path, help="a folder of trained models, g4moe-s and stories260K, whose rows are added")
     parser.add_argument("--only", nargs="+", help="these families, not all")
     parser.add_argument("--json", type=Path, help="write the rows here too")
     options = parser.parse_args()
@@ -116,9 +116,9 @@ def main() -> int:
     torch.set_num_threads(1)
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    trained = [case for case in TRAINED if (options.models / case.family).is_dir()]
-    if not trained:
-        print(f"{options.models}: no trained models there; their rows are left out", file=sys.stderr)
+    trained = [case for case in TRAINED if options.models and (options.models / case.family).is_dir()]
+    if options.models and not trained:
+        raise SystemExit(f"{options.models}: holds none of {', '.join(sorted({case.family for case in TRAINED}))}")
     rows = []
     print(f"{'family':14} {'tokenizer':10} {'recipe':12} {'KL mean':>9} {'KL max':>9} {'weights':>9}  {'ids':5} verdict")
     for case in [case for case in CASES + trained if not options.only or case.family in options.only]:

@@ -29,7 +29,7 @@ FORMATS = click.option(
     "formats",
     multiple=True,
     type=click.Choice(["compressed-tensors", "gguf", "onnx"]),
-    help="In place of the recipe's; may be given twice.",
+    help="In place of the recipe's; may be given more than once.",
 )
 
 
@@ -374,7 +374,7 @@ def _describe(result: "Result") -> str:
             f"{total['experts_shrunk']} lean on their pool more than on themselves"
         )
     if total["fell_back"]:
-        lines.append(f"{total['fell_back']} of {total['linears']} linears took a simpler solution, which held-back rows liked better")
+        lines.append(f"{total['fell_back']} of {total['linears']} linears took a simpler solution, which held-back tokens liked better")
     if 0 < tokens < FEW_TOKENS:
         lines.append(f"only {tokens} calibration tokens: statistics of so few are noise; give a larger set")
     lines += _fed(about["calibration"])

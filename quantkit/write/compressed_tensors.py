@@ -77,8 +77,6 @@ class CompressedTensors:
         self.plan, self.fused, self.folder = plan, experts_layout == "fused", folder
         self._checkpoint, self._store = checkpoint, store
         for linear in plan.linears():
-            if linear.scheme and linear.scheme.grid != "integer":
-                raise WriteError(f"{FORMAT} of {linear.scheme} ({linear.name}): that grid is GGUF's; use --format gguf")
             if linear.scheme and linear.scheme.bits not in BITS:
                 raise WriteError(
                     f"{FORMAT} in {linear.scheme.bits} bits ({linear.name}): vLLM has kernels for 4 and 8 bits only, and the packing of "

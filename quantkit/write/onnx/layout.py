@@ -227,7 +227,7 @@ class Layout:
 
 def _block(scheme: Scheme, columns: int, name: str) -> int:
     """The operator's group: the scheme's, or for one scale a row the widest that divides it, its scale repeated."""
-    if scheme.grid != "integer" or scheme.bits not in BITS:
+    if scheme.bits not in BITS:
         raise WriteError(f"onnx in {scheme} ({name}): MatMulNBits is written in 4 and 8 bits with groups of 16 to 128; give such a scheme")
     width = scheme.group or next((block for block in BLOCKS if columns % block == 0), 0)
     if width not in BLOCKS or columns % width:
