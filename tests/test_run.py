@@ -53,7 +53,7 @@ def test_so_it_is_without_stages(recipe, tmp_path):
 
 
 def test_a_run_killed_behind_it_ends_in_the_same_bytes(tmp_path, monkeypatch):
-    tiny.build("gemma4_moe", tmp_path / "model", num_hidden_layers=3)
+    tiny.build("llama", tmp_path / "model", num_hidden_layers=3)
     _, whole = quantized(tmp_path, "whole", overrides=FIRST_KEPT)
     block = Run.block
 
